@@ -1,0 +1,218 @@
+"""The contract of a transport: four collectives over flat tensors, counted where bytes are handed over."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from onebit.comm.errors import BackendError, TransportError
+
+DEFAULT_TIMEOUT = 300.0  # seconds; long enough for a slow first step, short enough to find a dead rank the same day
+
+
+class Handle(Protocol):
+    """A collective in flight, as a transport sees it."""
+
+    def wait(self, timeout: float) -> None:
+        """Block until the collective is complete; raise any exception if it is not after `timeout` seconds."""
+
+
+@dataclass
+class Traffic:
+    """What one rank has handed to its transport since the last `reset()`; a piece kept by the rank itself is not sent.
+
+    Attributes:
+        collectives: number of collectives started, barriers left out.
+        wire_bytes: bytes that this rank sends: for all_to_all and all_gather the n - 1 pieces that leave it, for
+            all_reduce 2(n - 1)/n of the tensor, which is what a bandwidth-optimal algorithm sends.
+    """
+
+    collectives: int = 0
+    wire_bytes: int = 0
+
+    def add(self, wire_bytes: int) -> None:
+        self.collectives += 1
+        self.wire_bytes += wire_bytes
+
+    def reset(self) -> None:
+        self.collectives = 0
+        self.wire_bytes = 0
+
+
+class Work:
+    """A started collective. The tensors given to it must stay untouched until `wait` returns."""
+
+    def __init__(self, backend: Backend, operation: str, handle: Handle | None) -> None:
+        self._backend = backend
+        self._operation = operation
+        self._handle = handle
+
+    def wait(self) -> None:
+        """Return when the output may be read (on CUDA: by work queued on the current stream from now on).
+
+        Raises:
+            TransportError: a peer is dead or slower than the backend's timeout, or the transport failed.
+        """
+        if self._handle is None:
+            return
+        handle, self._handle = self._handle, None
+        with self._backend.guard(self._operation):
+            handle.wait(self._backend.timeout)
+
+
+class Guard:
+    """Turns whatever a transport raises inside a `with` block into a `TransportError`."""
+
+    def __init__(self, rank: int, operation: str) -> None:
+        self._rank = rank
+        self._operation = operation
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (BackendError, TransportError)):
+            detail = f"{type(error).__name__}: {error}".strip().rstrip(".")
+            raise TransportError(self._rank, self._operation, time.monotonic() - self._since, detail) from error
+
+
+class Backend(ABC):
+    """One rank's end of a group of ranks that exchange flat tensors.
+
+    A new transport is one file: subclass, implement the four underscored methods, and add a line to
+    `onebit.comm.registry`. This class checks arguments, counts traffic and turns failures into `TransportError`.
+
+    Attributes:
+        name: ``"gloo"``, ``"nccl"``, ``"mpi"``, ``"threads"`` or ``"single"``.
+        rank, size: this rank's number in the group and the number of ranks.
+        device_type: the type of device whose tensors it carries, ``"cpu"`` or ``"cuda"``; None: any.
+        timeout: seconds that a collective may take before `TransportError`.
+        traffic: what this rank has sent.
+    """
+
+    name: str
+    device_type: str | None
+
+    def __init__(self, rank: int, size: int, timeout: float | None = None) -> None:
+        if timeout is not None and not timeout > 0:
+            raise BackendError(f"timeout must be a positive number of seconds, got {timeout!r}")
+        self.rank = rank
+        self.size = size
+        self.timeout = DEFAULT_TIMEOUT if timeout is None else float(timeout)
+        self.traffic = Traffic()
+
+    def all_to_all(self, output: Tensor, input: Tensor) -> Work:
+        """Start sending piece i of `input` to rank i; piece i of `output` comes from rank i.
+
+        Args:
+            output: (n·k,) any dtype, contiguous; written. Must not overlap `input`.
+            input: (n·k,) of the same dtype and device, contiguous.
+
+        Raises:
+            BackendError: wrong device, layout or size.
+            TransportError: the transport refused to start.
+        """
+        self._check("all_to_all", output, input)
+        if output.numel() != input.numel() or input.numel() % self.size:
+            raise BackendError(
+                f"rank {self.rank}: all_to_all takes two tensors of one size, a multiple of {self.size} ranks; "
+                f"got {input.numel()} and {output.numel()} elements"
+            )
+        sent = _nbytes(input) // self.size * (self.size - 1)
+        return self._start("all_to_all", sent, lambda: self._all_to_all(output, input))
+
+    def all_gather(self, output: Tensor, input: Tensor) -> Work:
+        """Start gathering every rank's `input`, in rank order, into `output` on every rank.
+
+        Args:
+            output: (n·k,) any dtype, contiguous; written. Must not overlap `input`.
+            input: (k,) of the same dtype and device, contiguous.
+
+        Raises:
+            BackendError: wrong device, layout or size.
+            TransportError: the transport refused to start.
+        """
+        self._check("all_gather", output, input)
+        if output.numel() != input.numel() * self.size:
+            raise BackendError(
+                f"rank {self.rank}: all_gather of {input.numel()} elements over {self.size} ranks needs an output of "
+                f"{input.numel() * self.size}, got {output.numel()}"
+            )
+        sent = _nbytes(input) * (self.size - 1)
+        return self._start("all_gather", sent, lambda: self._all_gather(output, input))
+
+    def all_reduce(self, tensor: Tensor) -> Work:
+        """Start summing `tensor` over all ranks in place; every rank gets the same bits.
+
+        Args:
+            tensor: (k,) contiguous; overwritten by the sum.
+
+        Raises:
+            BackendError: wrong device or layout.
+            TransportError: the transport refused to start.
+        """
+        self._check("all_reduce", tensor)
+        sent = 2 * (self.size - 1) * _nbytes(tensor) // self.size
+        return self._start("all_reduce", sent, lambda: self._all_reduce(tensor))
+
+    def barrier(self) -> None:
+        """Return when every rank has called it; TransportError after the timeout."""
+        with self.guard("barrier"):
+            self._barrier()
+
+    def guard(self, operation: str) -> Guard:
+        """A context that turns any failure inside it into a `TransportError` about `operation`."""
+        return Guard(self.rank, operation)
+
+    @abstractmethod
+    def _all_to_all(self, output: Tensor, input: Tensor) -> Handle | None:
+        """Start it; None when it is complete on return."""
+
+    @abstractmethod
+    def _all_gather(self, output: Tensor, input: Tensor) -> Handle | None:
+        """Start it; None when it is complete on return."""
+
+    @abstractmethod
+    def _all_reduce(self, tensor: Tensor) -> Handle | None:
+        """Start it; None when it is complete on return."""
+
+    @abstractmethod
+    def _barrier(self) -> None:
+        """Block until every rank is here, at most `self.timeout` seconds."""
+
+    def _start(self, operation: str, wire_bytes: int, start: Callable[[], Handle | None]) -> Work:
+        with self.guard(operation):
+            handle = start()
+        self.traffic.add(wire_bytes)
+        return Work(self, operation, handle)
+
+    def _check(self, operation: str, *tensors: Tensor) -> None:
+        first = tensors[0]
+        for tensor in tensors:
+            if self.device_type is not None and tensor.device.type != self.device_type:
+                raise BackendError(
+                    f"rank {self.rank}: {operation} on the {self.name!r} backend carries {self.device_type} tensors, "
+                    f"got one on {tensor.device}; move it, or name a backend for that device ('gloo', 'mpi' or "
+                    "'threads' for cpu, 'nccl' for cuda)"
+                )
+            if tensor.dim() != 1 or not tensor.is_contiguous():
+                raise BackendError(f"rank {self.rank}: {operation} takes contiguous 1-D tensors, got {_shape(tensor)}")
+            if tensor.dtype != first.dtype or tensor.device != first.device:
+                raise BackendError(
+                    f"rank {self.rank}: {operation} takes tensors of one dtype and device, got {_shape(first)} and "
+                    f"{_shape(tensor)}"
+                )
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _shape(tensor: Tensor) -> str:
+    layout = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, {layout}"
