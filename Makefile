@@ -1,0 +1,104 @@
+# One command is enough on a bare machine: every target first brings the virtual environment up to date.
+
+SHELL       := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+NP     ?= 2
+RATE   ?= 1gbit
+
+VENV     := .venv
+BIN      := $(VENV)/bin
+PACKAGES := compress comm optim benchmarks
+
+# A strict editable install links each file of the packages by name. The stamp's name therefore carries a checksum of the
+# list of these names: a new, moved or deleted file makes a stamp that is not there yet, and the links are made again.
+INSTALLED := $(VENV)/.installed-$(shell find $(PACKAGES) -type f \
+	\( -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json' -o -name py.typed \) \
+	2>/dev/null | LC_ALL=C sort | cksum | cut -d' ' -f1)
+REQUIREMENTS := $(VENV)/.requirements
+
+# mypy names the links; a reader wants the files that they point to.
+SOURCE_PATHS := sed -E 's|^build/__editable__[^/]*/onebit/||'
+
+.PHONY: help
+help: ## print this list
+	@echo 'usage: make TARGET'
+	@echo
+	@sed -En 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
+		printf '%-12s %s\n' "$$target" "$$text"; done
+	@echo
+	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)'
+
+.PHONY: setup
+setup: $(INSTALLED) ## build .venv with the versions of constraints.txt; needs the network the first time only
+
+.PHONY: demo
+demo: setup ## train a small transformer on two ranks, AdamW against OnebitAdam; prints a table and a plot's path
+	$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: setup ## run all tests that this machine can run
+	$(BIN)/python -m pytest
+
+.PHONY: test-mpi
+test-mpi: setup ## run the tests over MPI with NP ranks
+	ONEBIT_TEST_NP=$(NP) $(BIN)/python -m pytest -m mpi
+
+.PHONY: lint
+lint: setup ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES:%=-p onebit.%) | $(SOURCE_PATHS)
+
+.PHONY: format
+format: setup ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: setup ## time kernels and collectives on this machine and check their results; minutes
+	$(BIN)/python -m onebit.benchmarks.suite
+
+.PHONY: bench-net
+bench-net: setup ## the same over a link of RATE between two network namespaces; needs root
+	$(BIN)/python -m onebit.benchmarks.net --rate $(RATE)
+
+.PHONY: wheel
+wheel: setup ## build dist/onebit-*.whl
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m build --no-isolation --wheel
+
+.PHONY: dist
+dist: setup ## build the source distribution and, from it, the wheel
+	$(BIN)/python -m build --no-isolation
+
+.PHONY: clean
+clean: ## delete everything that these targets have made, .venv too
+	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(PACKAGES) tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+
+# pip's own byte-compilation takes half a minute for torch; importing what is used writes what is needed in seconds.
+$(REQUIREMENTS): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"onebit needs Python 3.10 or newer: make clean, then make setup PYTHON=python3.x")'
+	@echo 'setting up $(VENV), a minute or two:'
+	@{ $(PIP_INSTALL) -c constraints.txt setuptools && \
+	   $(PIP_INSTALL) -c constraints.txt --no-build-isolation --config-settings editable_mode=strict \
+		-e '.[mpi,bench,dev]'; \
+	} 2>&1 | tee $(VENV)/setup.log | while read -r verb name _; do case $$verb in \
+		Collecting|Processing) name=$${name##*/}; name=$${name%%-[0-9]*}; printf ' %s' "$${name%%[=<>~;]*}" ;; \
+		Installing) printf '\n unpacking\n' ;; esac; done \
+		|| { echo; tail -n 30 $(VENV)/setup.log >&2; exit 1; }
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import matplotlib.pyplot, numba, rich, torch.distributed'
+	@rm -f $(VENV)/.installed-* && touch $@ $(INSTALLED)
+
+$(INSTALLED): $(REQUIREMENTS)
+	@test -e $@ || $(PIP_INSTALL) --quiet --no-index --no-deps --no-build-isolation \
+		--config-settings editable_mode=strict -e .
+	@rm -f $(VENV)/.installed-* && touch $@
