@@ -1,0 +1,17 @@
+"""Arrays in, arrays out: codecs that turn tensors into one bit per number, and their kernels."""
+
+from onebit.compress.codec import SignCodec, pack_signs, unpack_signs
+from onebit.compress.errors import InputError, OnebitError
+from onebit.compress.layout import Layout
+from onebit.compress.threads import num_threads, set_num_threads
+
+__all__ = [
+    "InputError",
+    "Layout",
+    "OnebitError",
+    "SignCodec",
+    "num_threads",
+    "pack_signs",
+    "set_num_threads",
+    "unpack_signs",
+]

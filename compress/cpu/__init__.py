@@ -1,0 +1,1 @@
+"""The operators of `SignCodec` on CPU tensors, by Numba."""

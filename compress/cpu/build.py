@@ -1,0 +1,86 @@
+"""Compiles a kernel on first use, once per machine: the result is cached on disk under a key of sources and versions."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import int64, njit, void
+from numba.core import config
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+
+
+def compile_kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a function of int64 arguments that returns nothing; the GIL is released while it runs.
+
+    Ranks that start together with an empty cache take turns, so one compiles and the others load.
+    """
+    signature = void(*[int64] * function.__code__.co_argcount)
+    with _lock:
+        folder = _cache_folder()
+        if folder is None:
+            return njit(signature, nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+        with _one_process(folder), _cache_in(folder):
+            return njit(signature, nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _cache_folder() -> Path | None:
+    """A folder for this version of the sources, or None where nothing can be written.
+
+    Numba looks only at the file of the outermost function to decide whether cached code is stale; the kernels inline
+    functions of other files, so the folder's name is a hash of all of them.
+    """
+    base = config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    here = Path(__file__).parent
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in (*sorted(here.glob("*.py")), here.parent / "reference.py"):
+        digest.update(source.read_bytes())
+    folder = Path(base) / "onebit" / digest.hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "ab"):
+            return folder
+    except OSError as error:
+        _log.warning(
+            "onebit compiles its CPU kernels anew in every process, a few seconds each: its cache folder cannot be "
+            "written (%s). Set NUMBA_CACHE_DIR to a folder that can",
+            error,
+        )
+        return None
+
+
+@contextmanager
+def _one_process(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; where the platform or the file system has no locks, go on without."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / "lock", "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.debug("no lock on the compile cache: %s", error)
+        yield
+
+
+@contextmanager
+def _cache_in(folder: Path) -> Iterator[None]:
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(folder)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before

@@ -1,0 +1,93 @@
+"""The one table of operators and of the implementations that have them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from onebit.compress.errors import InputError
+from onebit.compress.layout import Layout
+
+_log = logging.getLogger(__name__)
+
+OPERATORS = ("encode", "reduce_encode", "decode", "pack_signs", "unpack_signs")
+IMPLEMENTATIONS = {
+    "reference": "onebit.compress.reference",
+    "cpu": "onebit.compress.cpu.operators",
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Kernels(Protocol):
+    """One implementation of every operator; `reference` says what each does. Arguments were checked by the caller."""
+
+    name: str
+
+    def encode(
+        self,
+        tensors: Sequence[Tensor],
+        residual: Tensor | None,
+        mask: Tensor | None,
+        out: Tensor,
+        layout: Layout,
+        squared: bool,
+    ) -> None:
+        """Tensors to one payload per chunk."""
+
+    def reduce_encode(
+        self,
+        payloads: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        out: Tensor,
+        layout: Layout,
+        chunk: int,
+        squared: bool,
+    ) -> None:
+        """Every rank's payload of one chunk to the payload of their mean."""
+
+    def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
+        """One payload per chunk to tensors."""
+
+    def pack_signs(self, x: Tensor, out: Tensor) -> None:
+        """Values to bits."""
+
+    def unpack_signs(self, bits: Tensor, out: Tensor) -> None:
+        """Bits to ±1."""
+
+
+def kernels_for(device: torch.device, name: str | None = None) -> Kernels:
+    """Return the implementation called `name`, or the fastest there is for `device`.
+
+    Raises:
+        InputError: no implementation has that name, or it does not run on that device.
+    """
+    if name is None:
+        name = "cpu" if device.type == "cpu" else "reference"
+        if name == "reference":
+            _say_once(device.type)
+    if name not in IMPLEMENTATIONS:
+        raise InputError(f"no kernels are called {name!r}; there are {', '.join(map(repr, IMPLEMENTATIONS))}")
+    if name == "cpu" and device.type != "cpu":
+        raise InputError(f"the 'cpu' kernels run on CPU tensors, got one on {device}; leave kernels=None to have them chosen")
+    return _load(name)
+
+
+@functools.cache
+def _load(name: str) -> Kernels:
+    return cast(Kernels, importlib.import_module(IMPLEMENTATIONS[name]))
+
+
+@functools.cache
+def _say_once(device_type: str) -> None:
+    _log.warning(
+        "onebit has no compiled kernels for %s tensors here and uses the plain torch reference, which is right but many "
+        "times slower (SignCodec.kernels_on(device) tells which are used)",
+        device_type,
+    )

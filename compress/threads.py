@@ -1,0 +1,91 @@
+"""How many threads a rank's CPU kernels use, and the pool that runs them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from onebit.compress.errors import InputError
+from onebit.compress.launch_env import local_world_size
+
+_chosen: int | None = None
+_pool: ThreadPoolExecutor | None = None
+_lock = threading.Lock()
+
+
+def num_threads() -> int:
+    """Threads that a CPU kernel of this process uses.
+
+    What `set_num_threads` or the variable ``ONEBIT_NUM_THREADS`` says; otherwise the cores this process may run on, divided
+    by the number of ranks on this machine as the launcher tells it (``LOCAL_WORLD_SIZE`` of torchrun and its like in Open
+    MPI, MPICH and Slurm), at least 1. ``OMP_NUM_THREADS`` is not looked at: torchrun sets it to 1.
+    """
+    if _chosen is not None:
+        return _chosen
+    wanted = os.environ.get("ONEBIT_NUM_THREADS")
+    if wanted is not None:
+        return _positive(wanted, "ONEBIT_NUM_THREADS")
+    return max(1, _cores() // local_world_size())
+
+
+def set_num_threads(count: int | None) -> None:
+    """Use `count` threads in CPU kernels from now on; None: decide as `num_threads` describes.
+
+    Raises:
+        InputError: `count` is not a positive integer.
+    """
+    global _chosen
+    _chosen = None if count is None else _positive(count, "the number of threads")
+
+
+def share_out(kernel: Callable[..., None], total: int, least: int, *arguments: int) -> None:
+    """Call `kernel(first, last, *arguments)` over ranges that cover [0, total), on up to `num_threads()` threads.
+
+    The caller works too, so it returns when all is done even if the pool is busy. A range has at least `least` items.
+    """
+    if total == 0:
+        return
+    parts = max(min(num_threads(), total // least), 1)
+    bounds = [total * part // parts for part in range(parts + 1)]
+    others = [
+        _executor().submit(kernel, first, last, *arguments)
+        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
+    ]
+    kernel(bounds[0], bounds[1], *arguments)
+    for other in others:
+        other.result()
+
+
+def _executor() -> ThreadPoolExecutor:
+    global _pool
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(max_workers=max(_cores(), num_threads()), thread_name_prefix="onebit")
+        return _pool
+
+
+def _forget_pool() -> None:
+    """A forked child has none of its parent's threads, and may have its lock held by one of them."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _positive(value: int | str, name: str) -> int:
+    try:
+        count = int(value)
+    except ValueError:
+        count = 0
+    if count < 1 or isinstance(value, (bool, float)):
+        raise InputError(f"{name} must be a positive integer, got {value!r}")
+    return count
