@@ -36,7 +36,7 @@ def source_files() -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built without network, from a copy of the sources: files of an older build in build/ would get into it."""
+    """A wheel built without network, from a copy: files of an older build in build/ would get into it."""
     work = tmp_path_factory.mktemp("wheel")
     made = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out")
     shutil.copytree(ROOT, work / "source", ignore=made)
@@ -69,18 +69,8 @@ def test_the_wheel_needs_no_more_than_it_must_and_carries_its_licence(wheel: Pat
 
 
 def test_an_installed_wheel_imports_from_where_it_was_installed(wheel: Path, tmp_path: Path) -> None:
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--target",
-        str(tmp_path),
-        str(wheel),
-    )
+    pip_install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps")
+    run(*pip_install, "--target", str(tmp_path), str(wheel))
     version = wheel.name.split("-")[1]
     code = f"""
 import importlib, importlib.metadata
