@@ -32,27 +32,30 @@ def public_classes(module: ModuleType) -> Iterator[tuple[str, type]]:
 
 
 def public_functions(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """The public functions that this module itself defines, those that a decorator such as Numba's wraps included."""
+    """The public functions that this module itself defines, those compiled by Numba included."""
     for name, value in vars(module).items():
-        if is_public(name) and callable(value) and not inspect.isclass(value):
-            function = inspect.unwrap(getattr(value, "py_func", value))
-            if inspect.isfunction(function) and function.__module__ == module.__name__:
+        function = getattr(value, "py_func", value)
+        if is_public(name) and inspect.isfunction(function):
+            function = inspect.unwrap(function)
+            if function.__module__ == module.__name__:
                 yield name, function
 
 
 def public_members(cls: type) -> Iterator[tuple[str, Any]]:
     """The public methods and properties that a class itself defines or overrides."""
+    fields = getattr(cls, "__dataclass_fields__", {})  # one whose default is a function is no method
     for name, value in vars(cls).items():
-        if is_public(name) and (
-            inspect.isroutine(value) or isinstance(value, (property, cached_property, classmethod, staticmethod))
-        ):
+        kind = isinstance(value, (property, cached_property, classmethod, staticmethod)) or inspect.isroutine(value)
+        if is_public(name) and name not in fields and kind:
             yield name, getattr(cls, name)
 
 
 def has_docstring(value: Any) -> bool:
     """Whether somebody wrote one: a method may inherit it; a dataclass is given its signature where nobody did."""
-    doc = inspect.getdoc(value) or ""
-    return bool(doc) and not (inspect.isclass(value) and doc.startswith(f"{value.__name__}("))
+    if inspect.isclass(value):
+        doc = vars(value).get("__doc__") or ""
+        return bool(doc) and not doc.startswith(f"{value.__name__}(")
+    return bool(inspect.getdoc(value))
 
 
 def plain_functions(member: Any) -> list[Callable[..., Any]]:
@@ -94,8 +97,10 @@ def test_every_public_function_is_annotated(name: str) -> None:
     module = importlib.import_module(name)
     functions = list(public_functions(module))
     for owner, cls in public_classes(module):
-        for member, value in [*public_members(cls), ("__init__", vars(cls).get("__init__"))]:
-            functions += [(f"{owner}.{member}", function) for function in plain_functions(value)]
+        for member, value in [*public_members(cls), ("__init__", cls.__init__)]:
+            functions += [
+                (f"{owner}.{member}", f) for f in plain_functions(value) if getattr(f, "__module__", "") == name
+            ]
     bare = [f"{name}.{label}: {found}" for label, function in functions if (found := unannotated(function))]
     assert not bare
 
