@@ -1,0 +1,69 @@
+"""What the first call of each kernel costs: compiled anew with an empty cache, then loaded from the cache on disk.
+
+Each measurement is a fresh process, since a process compiles or loads a kernel once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from onebit.benchmarks import console, results
+
+PROGRAM = Path(__file__).with_name("cold_start.py")
+Times = dict[str, float]
+
+
+def _in_fresh_process(cache: Path) -> Times:
+    """What `cold_start` measures in a new process that keeps compiled code in `cache`."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": f"{cache}"}
+    done = subprocess.run([sys.executable, f"{PROGRAM}"], env=environment, stdout=subprocess.PIPE, check=True)
+    times: Times = json.loads(done.stdout)
+    return times
+
+
+def _compare(repeats: int) -> list[dict[str, object]]:
+    """One row per state of the cache, ``"empty"`` and ``"warm"``, each call the median of `repeats` processes."""
+    seen: dict[str, list[Times]] = {"empty": [], "warm": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(prefix="onebit-") as folder:
+            for state in seen:
+                seen[state].append(_in_fresh_process(Path(folder)))
+    return [{"cache": state, "seconds": _medians(times)} for state, times in seen.items()]
+
+
+def _medians(times: Sequence[Times]) -> Times:
+    return {name: sorted(entry[name] for entry in times)[len(times) // 2] for name in times[0]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: measured. Any kernel that fails raises."""
+    flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.first_call", description=__doc__)
+    flags.add_argument("--repeats", type=int, default=3, help="processes for each state of the cache")
+    flags.add_argument("--output", type=Path, help="folder for the JSON result (none: no JSON)")
+    options = flags.parse_args(arguments)
+    run = {"ranks": 1, "backend": "single", "link": "this machine", "repeats": options.repeats}
+    result = results.document("first-call", run, _compare(options.repeats))
+    _show(result)
+    if options.output:
+        console.say(f"JSON: {results.save(result, options.output)}")
+    return 0
+
+
+def _show(result: results.Document) -> None:
+    rows = [{"cache": row["cache"], **_cells(row["seconds"])} for row in result["rows"]]
+    console.show_table("first call of each kernel in a fresh process, seconds", list(rows[0]), rows)
+
+
+def _cells(seconds: Times) -> dict[str, str]:
+    return {name: f"{value:.3f}" for name, value in seconds.items() if not name.endswith("again")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

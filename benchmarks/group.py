@@ -1,0 +1,45 @@
+"""How the ranks of one run find each other, and how they share a few numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+
+from onebit.comm import make_backend
+from onebit.comm.backend import Backend
+
+TORCH_BACKENDS = ("gloo", "nccl")
+
+
+def join(name: str | None, init_method: str | None = None) -> Backend:
+    """This process's end of the group that torchrun, mpiexec or `onebit.benchmarks.launch` started it in.
+
+    name: ``"gloo"``, ``"nccl"``, ``"mpi"`` or None: gloo when torchrun's variables are set, else this process alone.
+    init_method: where ranks meet, as in `torch.distributed.init_process_group`.
+
+    Raises:
+        SystemExit: started by mpiexec without ``--backend mpi``, which would run n times alone.
+    """
+    if "RANK" in os.environ and name in (None, *TORCH_BACKENDS):
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group(name or "gloo", init_method=init_method, rank=rank, world_size=size)
+        return make_backend(name or "gloo")
+    if name is None and int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))) > 1:
+        raise SystemExit("started by mpiexec: add --backend mpi")
+    if name in TORCH_BACKENDS:
+        raise SystemExit(f"--backend {name} needs ranks: torchrun --nproc-per-node 2 -m onebit.benchmarks ...")
+    return make_backend(name)
+
+
+def gather(backend: Backend, values: Sequence[float]) -> list[list[float]]:
+    """Every rank's `values`, in rank order; as many on every rank."""
+    if backend.size == 1:
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64, device=backend.device_type or "cpu")
+    everyone = mine.new_empty(backend.size * mine.numel())
+    backend.all_gather(everyone, mine).wait()
+    rows: list[list[float]] = everyone.view(backend.size, -1).tolist()
+    return rows

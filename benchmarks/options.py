@@ -1,0 +1,95 @@
+"""The driver's flags, in the manner of nccl-tests and the OSU benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from onebit.benchmarks.driver import Sweep
+from onebit.benchmarks.sizes import parse_size, sweep_sizes
+from onebit.benchmarks.tables import CASES, select
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BACKENDS = ("gloo", "nccl", "mpi", "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What one run of the driver was asked for; see `parser` for the meaning of each."""
+
+    sizes: tuple[int, ...]
+    sweep: Sweep
+    dtype: torch.dtype
+    cases: tuple[str, ...] | None
+    backend: str | None
+    ranks: int
+    init_method: str | None
+    interface: str | None
+    payloads: int
+    bucket_mb: float
+    seed: int
+    name: str | None
+    link: str
+    output: Path | None
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every flag with its help."""
+    flags = argparse.ArgumentParser(
+        prog="python -m onebit.benchmarks",
+        description="Times onebit's kernels and collectives and checks what they give. Runs alone, under torchrun, or "
+        "under mpiexec with --backend mpi.",
+        epilog="cases: " + "; ".join(f"{case.name} ({case.family}): {case.summary}" for case in CASES),
+    )
+    flags.add_argument("-b", "--minbytes", type=parse_size, default="256M", help="first size, bytes of the tensor")
+    flags.add_argument("-e", "--maxbytes", type=parse_size, help="last size (the first one)")
+    flags.add_argument("-f", "--stepfactor", type=int, default=2, help="each size is so many times the one before")
+    flags.add_argument("-n", "--iters", type=int, default=20, help="timed runs of each case")
+    flags.add_argument("-w", "--warmup_iters", type=int, default=3, help="runs before them")
+    flags.add_argument("-c", "--check", type=int, choices=(0, 1), default=1, help="count wrong elements")
+    flags.add_argument("-d", "--dtype", choices=DTYPES, default="fp32", help="of the tensor; residuals are fp32")
+    flags.add_argument("--case", help="cases or families, comma-separated (alone: kernels; with ranks: collectives)")
+    flags.add_argument("--backend", choices=BACKENDS, help="transport (gloo under torchrun, else none)")
+    flags.add_argument("--ranks", type=int, default=2, help="ranks of --backend threads")
+    flags.add_argument("--init_method", help="where the ranks of torch.distributed meet, such as file:///shared/file")
+    flags.add_argument("--interface", help="network interface whose sent bytes are read around each run")
+    flags.add_argument("--payloads", type=int, default=2, help="payloads that reduce_encode averages")
+    flags.add_argument("--bucket_mb", type=float, default=16.0, help="bucket size of the compressed average")
+    flags.add_argument("--seed", type=int, default=1, help="rank r draws its inputs from seed + r")
+    flags.add_argument("--name", help="name of the result")
+    flags.add_argument("--link", default="this machine", help="how the result names what is between the ranks")
+    flags.add_argument("--output", type=Path, help="folder for the JSON result (none: no JSON)")
+    return flags
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Options from the command line; exits with a message about the first bad one."""
+    flags = parser()
+    given = flags.parse_args(arguments)
+    try:
+        cases = tuple(given.case.split(",")) if given.case else None
+        select(cases or ())
+        sizes = sweep_sizes(given.minbytes, given.maxbytes or given.minbytes, given.stepfactor)
+        sweep = Sweep(iterations=given.iters, warmup=given.warmup_iters, check=bool(given.check))
+    except ValueError as error:
+        flags.error(str(error))
+    return Options(
+        sizes=tuple(sizes),
+        sweep=sweep,
+        dtype=DTYPES[given.dtype],
+        cases=cases,
+        backend=given.backend,
+        ranks=given.ranks,
+        init_method=given.init_method,
+        interface=given.interface,
+        payloads=given.payloads,
+        bucket_mb=given.bucket_mb,
+        seed=given.seed,
+        name=given.name,
+        link=given.link,
+        output=given.output,
+    )

@@ -1,0 +1,108 @@
+"""`python -m onebit.benchmarks.report`: writes the tables of docs/benchmarks.md from the newest JSON results.
+
+A page marks where a table stands by a line ``<!-- results: NAME -->`` and a later line ``<!-- end -->``; what is
+between them is replaced. NAME is the name of a result: ``kernels``, ``gloo-2``, ``net-1gbit``, ``first-call``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onebit.benchmarks import console, results, view
+from onebit.benchmarks.view import Cells
+
+SECTION = re.compile(r"(?m)^<!-- results: (?P<name>\S+) -->\n(?:.*\n)*?<!-- end -->$")
+
+
+def newest(folder: Path) -> dict[str, list[results.Document]]:
+    """For each name the newest result of each kind of machine, kinds in alphabetical order."""
+    latest: dict[tuple[str, str], results.Document] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = results.load(path)
+        key = (result["name"], result["kind"])
+        if key not in latest or latest[key]["created"] < result["created"]:
+            latest[key] = result
+    found: dict[str, list[results.Document]] = {}
+    for (name, _), result in sorted(latest.items(), key=lambda item: item[0]):
+        found.setdefault(name, []).append(result)
+    return found
+
+
+def fill(page: str, found: Mapping[str, Sequence[results.Document]]) -> str:
+    """`page` with every marked section made anew; a section without results keeps what it has."""
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in found:
+            return match[0]
+        tables = "\n\n".join(_block(result) for result in found[name])
+        return f"<!-- results: {name} -->\n{tables}\n<!-- end -->"
+
+    return SECTION.sub(section, page)
+
+
+def _block(result: results.Document) -> str:
+    """A caption and a table."""
+    rows = [_columns_of(row) for row in result["rows"]]
+    return f"{_caption(result)}\n\n{_markdown(rows)}"
+
+
+def _caption(result: results.Document) -> str:
+    run, box, versions = result["run"], result["machine"], result["versions"]
+    ranks = f"{run['ranks']} ranks, {run['backend']}, {run['link']}" if run["ranks"] > 1 else "one process"
+    times = f"{run['iterations']} rounds" if "iterations" in run else f"median of {run['repeats']} processes"
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "numba", "numpy"))
+    return f"{box['cpu']}, {box['cores']} cores; {ranks}; {times}; {packages}; {result['created'][:10]}."
+
+
+def _columns_of(row: Mapping[str, Any]) -> Cells:
+    """A row of the documentation: ratios and counts, no times."""
+    if "cache" in row:
+        seconds = {name: value for name, value in row["seconds"].items() if not name.endswith("again")}
+        return {"compile cache": row["cache"], **{f"{name}, s": f"{value:.2f}" for name, value in seconds.items()}}
+    cells = {"case": f"`{row['case']}`", "tensor": f"{view.elements(row['numel'])} {row['dtype']}"}
+    if row["wire_formula"]:
+        cells |= _wire(row)
+    else:
+        cells["bytes per element"] = f"{row['nbytes'] / row['numel']:.2f}"
+    for role, spread in row["ratios"].items():
+        cells[f"times {role}"] = f"**{spread['median']:.2f}** ({spread['low']:.2f} to {spread['high']:.2f})"
+    return cells | {"#wrong": view.number(row["wrong"])}
+
+
+def _wire(row: Mapping[str, Any]) -> Cells:
+    """Bytes that one rank sends in one run."""
+    cells = {"wire bytes, formula": view.number(row["wire_formula"]), "counted": view.number(row["wire_bytes"])}
+    if row["link_bytes"] is not None:
+        cells["on the link"] = view.number(row["link_bytes"])
+    return cells
+
+
+def _markdown(rows: list[Cells]) -> str:
+    """A table in Markdown."""
+    names = view.columns(rows)
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *([row.get(name, "") for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: the page is written; it may still hold sections that no result was found for, which is said."""
+    flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.report", description=__doc__)
+    flags.add_argument("--results", type=Path, default=results.default_folder(), help="folder of the JSON results")
+    flags.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"), help="page to update")
+    options = flags.parse_args(arguments)
+    page = options.page.read_text(encoding="utf-8")
+    found = newest(options.results)
+    options.page.write_text(fill(page, found), encoding="utf-8")
+    for name in SECTION.findall(page):
+        console.say(f"{name}: {len(found[name])} table(s)" if name in found else f"{name}: no result, left as it was")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

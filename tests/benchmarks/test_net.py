@@ -1,0 +1,114 @@
+"""The shaped link: what is missing is said and told apart by the exit status, and no namespace outlives a run."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from onebit.benchmarks import net, results
+from onebit.benchmarks.namespaces import FORBIDDEN, MISSING, NetworkError, shaped_pair
+
+FakeTool = Callable[[str, str], None]
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTool:
+    """Makes a PATH that holds nothing but the tools that a test writes as shell scripts."""
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+
+    def write(name: str, script: str) -> None:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    return write
+
+
+def allowed() -> bool:
+    """Whether this process may make a shaped link, tried out."""
+    try:
+        with shaped_pair("1gbit"):
+            return True
+    except NetworkError:
+        return False
+
+
+def namespaces() -> set[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in listed.splitlines() if line.startswith("onebit-")}
+
+
+def test_a_machine_without_iproute2_is_told_what_to_install(tool: FakeTool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert net.main([]) == MISSING
+    assert "apt-get install iproute2" in capsys.readouterr().err
+
+
+def test_only_the_tool_that_is_absent_is_named(tool: FakeTool, capsys: pytest.CaptureFixture[str]) -> None:
+    tool("ip", "exit 0")
+    net.main([])
+    assert "needs tc:" in capsys.readouterr().err
+
+
+def test_where_namespaces_are_forbidden_it_says_how_to_read_that(
+    tool: FakeTool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool("tc", "exit 0")
+    tool("ip", "echo 'mount --make-shared /run/netns failed: Operation not permitted' >&2; exit 255")
+    assert net.main([]) == FORBIDDEN
+    said = capsys.readouterr().err
+    assert "Operation not permitted" in said
+    assert "root" in said
+    assert "unshare -n true" in said
+
+
+def test_a_kernel_without_the_queue_is_told_apart(tool: FakeTool, capsys: pytest.CaptureFixture[str]) -> None:
+    tool("ip", "exit 0")
+    tool("tc", "echo 'Error: Specified qdisc kind is unknown.' >&2; exit 2")
+    assert net.main([]) == MISSING
+    assert "sch_tbf" in capsys.readouterr().err
+
+
+def test_namespaces_are_taken_away_when_shaping_fails(tool: FakeTool, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tool("tc", "exit 2")
+    tool("ip", f'echo "$*" >> {log}')
+    with pytest.raises(NetworkError), shaped_pair("1gbit"):
+        pytest.fail("there is no link")
+    calls = log.read_text().splitlines()
+    added = {call.split()[-1] for call in calls if call.startswith("netns add")}
+    assert len(added) == 2
+    assert added == {call.split()[-1] for call in calls if call.startswith("netns del")}
+
+
+@pytest.mark.skipif(not allowed(), reason="needs root, iproute2 and a kernel that allows network namespaces")
+class TestOnARealLink:
+    """Where namespaces are allowed."""
+
+    def test_both_averages_are_right_and_the_link_saw_what_was_counted(self, tmp_path: Path) -> None:
+        before = namespaces()
+        assert net.main(["--rate=1gbit", "-b1M", "-n2", f"--output={tmp_path}"]) == 0
+        assert namespaces() <= before
+        [path] = tmp_path.glob("*-net-1gbit-*.json")
+        plain, compressed = results.load(path)["rows"]
+        assert plain["wrong"] == compressed["wrong"] == 0
+        for row in (plain, compressed):
+            # Headers, acknowledgements and a stray barrier come on top of the payload.
+            assert row["wire_formula"] <= row["link_bytes"] <= 1.15 * row["wire_formula"] + 4096
+
+    def test_a_rate_that_tc_does_not_know_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        before = namespaces()
+        assert net.main(["--rate=fast"]) == MISSING
+        assert "100mbit, 1gbit, 10gbit" in capsys.readouterr().err
+        assert namespaces() <= before
+
+    def test_namespaces_are_gone_after_an_interrupt(self) -> None:
+        seen: set[str] = set()
+        with contextlib.suppress(KeyboardInterrupt), shaped_pair("1gbit") as pair:
+            seen = {end.name for end in pair} & namespaces()
+            raise KeyboardInterrupt
+        assert len(seen) == 2
+        assert not seen & namespaces()

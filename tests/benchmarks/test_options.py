@@ -1,0 +1,64 @@
+"""Flags: sizes as one types them, sweeps, and one clear message for a bad one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from onebit.benchmarks.options import parse
+from onebit.benchmarks.sizes import format_size, parse_size, sweep_sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("0", 0), ("4096", 4096), ("64K", 65536), ("256m", 2**28), ("1GiB", 2**30), ("2MB", 2**21)]
+)
+def test_sizes_are_read_in_powers_of_1024(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "1.5M", "12T", "1 0", "1KM"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 1023, 1024, 3 * 2**20, 2**33, 2**20 + 1])
+def test_a_printed_size_reads_back(nbytes: int) -> None:
+    assert parse_size(format_size(nbytes)) == nbytes
+
+
+def test_a_sweep_multiplies_up_to_its_end() -> None:
+    assert sweep_sizes(1, 9, 2) == [1, 2, 4, 8]
+    assert parse(["-b1K", "-e64K", "-f4"]).sizes == (2**10, 2**12, 2**14, 2**16)
+
+
+def test_without_an_end_there_is_one_size() -> None:
+    assert parse(["-b8M"]).sizes == (2**23,)
+
+
+def test_flags_arrive() -> None:
+    options = parse(["-n7", "-w0", "-c0", "-dbf16", "--case=encode,decode", "--backend=mpi", "--output=x"])
+    assert (options.sweep.iterations, options.sweep.warmup, options.sweep.check) == (7, 0, False)
+    assert options.dtype == torch.bfloat16
+    assert (options.cases, options.backend, options.output) == (("encode", "decode"), "mpi", Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-b2K", "-e1K"], "-b 2048 -e 1024"),
+        (["-b0"], "1 <= -b"),
+        (["-f1"], "-f >= 2"),
+        (["-n0"], "iterations >= 1"),
+        (["-bmuch"], "'much' is no size"),
+        (["--case=sort"], "no case sort; there are"),
+        (["--backend=tcp"], "invalid choice: 'tcp'"),
+    ],
+)
+def test_a_bad_flag_is_named(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(flags)
+    assert message in capsys.readouterr().err
