@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -63,6 +63,7 @@ class Case(Generic[State]):
         inputs: makes the state: inputs, outputs and whatever is built once.
         refresh: puts the inputs back before a run; not timed.
         run: the timed part.
+        stages: seconds per named stage, summed over all runs so far, for a case that knows its stages.
         check: called before a run that is not timed; returns a function that afterwards counts the wrong elements.
     """
 
@@ -76,4 +77,5 @@ class Case(Generic[State]):
     inputs: Callable[[Setting], State]
     refresh: Callable[[State], None] = nothing
     run: Callable[[State], None]
+    stages: Callable[[State], Mapping[str, float]] = lambda state: {}
     check: Callable[[State], Callable[[], int]]

@@ -6,22 +6,18 @@ yardstick in the same round, so a machine that slows down for a second slows dow
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from onebit.benchmarks.case import Case, Setting
-from onebit.benchmarks.group import gather
 from onebit.benchmarks.link import Link
 from onebit.benchmarks.row import Row, Spread
+from onebit.benchmarks.station import Station
 
 Progress = Callable[[str], None]  # called once a run with what has just run
-
-# Seconds before each run: OpenMP's threads spin for some milliseconds after their work, on the cores of what runs next.
-SETTLE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,48 +41,6 @@ class Sweep:
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.warmup < 0:
             raise ValueError(f"a sweep needs iterations >= 1 and warmup >= 0, got {self.iterations} and {self.warmup}")
-
-
-@dataclass
-class Station:
-    """One case at one setting, and what has been seen of it so far."""
-
-    case: Case[Any]
-    setting: Setting
-    link: Link | None
-    state: Any = None
-    seconds: list[float] = field(default_factory=list)
-    wire: list[int] = field(default_factory=list)
-    carried: list[int] = field(default_factory=list)
-    wrong: int | None = None
-
-    def prepare(self) -> None:
-        """Make the inputs."""
-        self.state = self.case.inputs(self.setting)
-
-    def run(self) -> None:
-        """One timed run, after a barrier."""
-        backend = self.setting.backend
-        self.case.refresh(self.state)
-        time.sleep(SETTLE)
-        backend.barrier()
-        sent, carried = backend.traffic.wire_bytes, self.link.sent() if self.link else 0
-        start = time.perf_counter()
-        self.case.run(self.state)
-        self.seconds.append(time.perf_counter() - start)
-        self.wire.append(backend.traffic.wire_bytes - sent)
-        self.carried.append(self.link.sent() - carried if self.link else 0)
-
-    def check(self) -> None:
-        """One run that is not timed, and the count of wrong elements over all ranks."""
-        self.case.refresh(self.state)
-        count = self.case.check(self.state)
-        self.case.run(self.state)
-        self.wrong = int(sum(row[0] for row in gather(self.setting.backend, [float(count())])))
-
-    def forget(self) -> None:
-        """Drop what warm-up runs measured."""
-        self.seconds, self.wire, self.carried = [], [], []
 
 
 def drive(
@@ -117,35 +71,26 @@ def _measure(stations: Sequence[Station], sweep: Sweep, progress: Progress) -> l
                 station.forget()
             station.run()
             progress(station.case.name)
+    stages = [station.stages() for station in stations]
     for station in stations:
-        station.seconds = _slowest(station)
+        station.seconds = station.slowest()
         if sweep.check:
             station.check()
             progress(station.case.name)
-    return [_row(station, stations) for station in stations]
-
-
-def _slowest(station: Station) -> list[float]:
-    """The time of each round on its slowest rank."""
-    return [max(times) for times in zip(*gather(station.setting.backend, station.seconds), strict=True)]
-
-
-def _bandwidths(station: Station) -> np.ndarray:
-    """Bytes per second of each round."""
-    return station.case.moved(station.setting) / np.array(station.seconds)
+    return [_row(station, stations, shares) for station, shares in zip(stations, stages, strict=True)]
 
 
 def _ratio(station: Station, role: str, stations: Sequence[Station]) -> Spread | None:
     """Bandwidth of `station` over that of the fastest case in `role`, round by round; None where none has that role."""
-    yardsticks = [_bandwidths(other) for other in stations if other.case.role == role]
+    yardsticks = [other.bandwidths() for other in stations if other.case.role == role]
     if not yardsticks:
         return None
-    pairs = _bandwidths(station) / max(yardsticks, key=lambda speeds: float(np.median(speeds)))
+    pairs = station.bandwidths() / max(yardsticks, key=lambda speeds: float(np.median(speeds)))
     low, median, high = np.quantile(pairs, [0.25, 0.5, 0.75])
     return Spread(median=float(median), low=float(low), high=float(high))
 
 
-def _row(station: Station, stations: Sequence[Station]) -> Row:
+def _row(station: Station, stations: Sequence[Station], stages: dict[str, float]) -> Row:
     case, setting = station.case, station.setting
     formula = round(case.wire(setting))
     counted = int(np.median(station.wire))
@@ -163,6 +108,7 @@ def _row(station: Station, stations: Sequence[Station]) -> Row:
         wire_formula=formula,
         wire_busbw=wire / median / 1e9,
         link_bytes=int(np.median(station.carried)) if station.link else None,
+        stages=stages,
         ratios={role: spread for role, spread in ratios.items() if spread},
         wrong=station.wrong,
     )

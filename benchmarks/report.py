@@ -47,9 +47,17 @@ def fill(page: str, found: Mapping[str, Sequence[results.Document]]) -> str:
 
 
 def _block(result: results.Document) -> str:
-    """A caption and a table."""
+    """A caption, a table, and where the time went."""
     rows = [_columns_of(row) for row in result["rows"]]
-    return f"{_caption(result)}\n\n{_markdown(rows)}"
+    shares = [_shares(row) for row in result["rows"] if row.get("stages")]
+    return "\n\n".join([_caption(result), _markdown(rows), *shares])
+
+
+def _shares(row: Mapping[str, Any]) -> str:
+    """The stages of a case as parts of its time; what a rank waits for counts where it waits."""
+    total = sum(row["stages"].values()) or 1.0
+    parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in row["stages"].items())
+    return f"Where `{row['case']}` spends its time on rank 0: {parts}."
 
 
 def _caption(result: results.Document) -> str:

@@ -30,6 +30,7 @@ class Row:
         wire_formula: bytes that one rank must send.
         wire_busbw: wire bytes over the median time, in 1e9 bytes per second.
         link_bytes: bytes that left this rank's network interface in one run, headers included; None if none is watched.
+        stages: mean seconds of a run that this rank spent in each stage, for a case that knows its stages.
         ratios: for each role it is measured against, by how much its bandwidth is the higher one (quartiles beside).
         wrong: wrong elements, over all ranks; None if not checked.
     """
@@ -44,6 +45,7 @@ class Row:
     wire_formula: int
     wire_busbw: float
     link_bytes: int | None
+    stages: dict[str, float]
     ratios: dict[str, Spread]
     wrong: int | None
 

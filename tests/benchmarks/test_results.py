@@ -22,6 +22,7 @@ ROW = {
     "wire_formula",
     "wire_busbw",
     "link_bytes",
+    "stages",
     "ratios",
     "wrong",
 }
