@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onebit.compress.errors import InputError
 from onebit.compress.kernels import DTYPES, kernels_for
-from onebit.compress.layout import Layout, plan
+from onebit.compress.layout import ALIGNMENT, Layout, plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class SignCodec:
         device = _one_device(tensors, "encode")
         _check_residual(residual, layout.padded_numel, layout, device)
         mask = _full_mask(mask, layout, device)
-        out = _output(out, layout.chunks * layout.payload_bytes, device)
+        out = _payload_output(out, layout.chunks, layout, device)
         if layout.blocks:
             squared = self.scale == "rms"
             kernels_for(device, self.kernels).encode(tensors, residual, mask, out, layout, squared)
@@ -130,7 +130,7 @@ class SignCodec:
         rows = _payload_rows(payloads, layout.payload_bytes, "reduce_encode")
         _check_residual(residual, layout.chunk_numel, layout, device, chunk)
         mask = _full_mask(mask, layout, device)
-        out = _output(out, layout.payload_bytes, device)
+        out = _payload_output(out, 1, layout, device)
         if layout.blocks:
             squared = self.scale == "rms"
             kernels_for(device, self.kernels).reduce_encode(rows, residual, mask, out, layout, chunk, squared)
@@ -162,7 +162,7 @@ class SignCodec:
         if out is None:
             if numel is None:
                 raise InputError("decode: give out=, the tensor to write, or numel=, the number of elements of a new one")
-            out = torch.empty(numel, device=payloads.device)
+            out = torch.empty(_checked_numel(numel, "decode"), device=payloads.device)
         tensors = _tensors(out, "decode")
         layout = self._layout(layout, tensors, "decode")
         device = _one_device([payloads, *tensors], "decode")
@@ -174,14 +174,30 @@ class SignCodec:
             kernels_for(device, self.kernels).decode(rows, mask, tensors, layout)
         return out
 
+    def all_finite(self, payloads: Tensor, layout: Layout) -> Tensor:
+        """Tell whether payloads decode to finite numbers, from their scales alone.
+
+        Args:
+            payloads: any number of payloads of `layout`, (k, payload_bytes) or flat, uint8, contiguous.
+
+        Returns:
+            0-dim bool on the device of `payloads`, without a synchronisation.
+
+        Raises:
+            InputError: a wrong dtype or size.
+        """
+        rows = _payload_rows(payloads, layout.payload_bytes, "all_finite")
+        if not layout.blocks:
+            return torch.ones((), dtype=torch.bool, device=payloads.device)
+        scales = rows[:, layout.bits_bytes : layout.bits_bytes + 4 * layout.chunk_blocks].view(torch.float32)
+        return scales.isfinite().all()
+
     def _layout(self, layout: Layout | None, content: Sequence[Tensor] | int | None, operation: str) -> Layout:
         """The layout given, checked against the tensors; or the one of a single tensor."""
         if layout is None:
             if content is None:
                 raise InputError(f"{operation}: give numel= (payloads of one tensor) or layout= (of several)")
-            sizes = [content] if isinstance(content, int) else [t.numel() for t in content]
-            if any(n < 0 for n in sizes):
-                raise InputError(f"{operation}: numel must not be negative, got {content}")
+            sizes = [_checked_numel(content, operation)] if isinstance(content, int) else [t.numel() for t in content]
             return self.plan(sizes)[0]
         if layout.shared_scale != (self.block_size is None) or self.block_size not in (None, layout.block_size):
             raise InputError(f"{operation}: the layout was planned with another block_size than {self.block_size}")
@@ -230,7 +246,8 @@ def unpack_signs(bits: Tensor, out: Tensor | None = None, *, numel: int | None =
     """
     _check_bytes(bits, "unpack_signs")
     if out is None:
-        out = torch.empty(bits.numel() * 8 if numel is None else numel, device=bits.device)
+        numel = bits.numel() * 8 if numel is None else _checked_numel(numel, "unpack_signs")
+        out = torch.empty(numel, device=bits.device)
     _tensors(out, "unpack_signs")
     _one_device([bits, out], "unpack_signs")
     if bits.numel() != -(-out.numel() // 8):
@@ -278,7 +295,22 @@ def _payload_rows(payloads: Tensor, payload_bytes: int, operation: str) -> Tenso
         raise InputError(
             f"{operation}: expected payloads of {payload_bytes} bytes each, got {payloads.numel()} bytes in all"
         )
+    _check_aligned(payloads, operation)
     return payloads.view(-1, payload_bytes)
+
+
+def _check_aligned(payloads: Tensor, operation: str) -> None:
+    if payloads.data_ptr() % ALIGNMENT:
+        raise InputError(
+            f"{operation}: payloads start on a multiple of {ALIGNMENT} bytes, got an address {payloads.data_ptr() % ALIGNMENT} "
+            "bytes past one; clone() the tensor, or slice it at a multiple"
+        )
+
+
+def _checked_numel(numel: int, operation: str) -> int:
+    if numel < 0:
+        raise InputError(f"{operation}: numel must not be negative, got {numel}")
+    return numel
 
 
 def _check_residual(
@@ -317,6 +349,18 @@ def _output(out: Tensor | None, n_bytes: int, device: torch.device) -> Tensor:
     _check_bytes(out, "out")
     if out.numel() != n_bytes or out.device != device:
         raise InputError(f"out must have {n_bytes} bytes on {device}, got {out.numel()} on {out.device}")
+    return out
+
+
+def _payload_output(out: Tensor | None, payloads: int, layout: Layout, device: torch.device) -> Tensor:
+    """Check or make room for payloads; the bytes that fill their sections up to 16 are 0, whatever `out` held."""
+    if out is None:
+        return _output(None, payloads * layout.payload_bytes, device)
+    _output(out, payloads * layout.payload_bytes, device)
+    _check_aligned(out, "out")
+    rows = out.view(payloads, -1) if layout.blocks else out
+    for spare in layout.spare_bytes:
+        rows[:, spare].zero_()
     return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -95,6 +95,13 @@ class Layout:
         return self.bits_bytes + align(4 * self.chunk_blocks)
 
     @cached_property
+    def spare_bytes(self) -> tuple[slice, ...]:
+        """The bytes of a payload that belong to neither section and only fill it up."""
+        bits_end, scales_end = self.chunk_numel // 8, self.bits_bytes + 4 * self.chunk_blocks
+        spare = (slice(bits_end, self.bits_bytes), slice(scales_end, self.payload_bytes))
+        return tuple(s for s in spare if s.start < s.stop)
+
+    @cached_property
     def tensor_of_block(self) -> npt.NDArray[np.int32]:
         """(blocks,) int32: which tensor fills a block; 0 for padding."""
         return self._per_block(np.int32, ((s, s.tensor) for s in self.segments))
@@ -113,6 +120,19 @@ class Layout:
         """(blocks,) int64: a block's first element in its tensor."""
         first = self._per_block(np.int64, ((s, s.offset - s.block * self.block_size) for s in self.segments))
         return first + np.arange(self.blocks, dtype=np.int64) * self.block_size * (self.count_of_block > 0)
+
+    def of_used_tensors(self) -> tuple[Layout, tuple[int, ...]]:
+        """Return this layout for a list of only the tensors that it uses, and the indices of those."""
+        used = tuple(sorted({s.tensor for s in self.segments}))
+        place = {tensor: index for index, tensor in enumerate(used)}
+        segments = tuple(replace(s, tensor=place[s.tensor]) for s in self.segments)
+        return replace(self, segments=segments), used
+
+    def by_segment(self, chunk: int | None = None) -> Layout:
+        """Return the layout, or that of one chunk alone, with every segment taken for a tensor of its own."""
+        segments = self.segments if chunk is None else self.chunk_segments(chunk)
+        alone = tuple(Segment(i, 0, s.numel, s.block) for i, s in enumerate(segments))
+        return replace(self, segments=alone, chunks=self.chunks if chunk is None else 1)
 
     def residual_span(self, segment: Segment) -> slice:
         """The elements of a padded residual that belong to `segment`."""
@@ -162,6 +182,8 @@ def plan(
         raise InputError(f"chunks must be at least 1, got {chunks}")
     if bucket_numel is not None and bucket_numel < 1:
         raise InputError(f"bucket_numel must be at least 1 or None, got {bucket_numel}")
+    if any(n < 0 for n in numels):
+        raise InputError(f"numbers of elements must not be negative, got {min(numels)}")
     if block_size is None:
         return _plan_shared(numels, chunks, bucket_numel)
     return _plan_blocks(numels, block_size, chunks, bucket_numel)

@@ -16,6 +16,7 @@ RESCUE = 2.0**-96  # exact factor for a second sum of values whose plain sum ove
 LARGEST = torch.finfo(torch.float32).max
 
 
+@torch.no_grad()
 def encode(
     tensors: Sequence[Tensor], residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout, squared: bool
 ) -> None:
@@ -29,12 +30,13 @@ def encode(
     _quantize(values, residual, real, mask, out.view(layout.chunks, -1), layout, squared, groups)
 
 
+@torch.no_grad()
 def reduce_encode(
     payloads: Tensor, residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout, chunk: int, squared: bool
 ) -> None:
     """Write the payload of the mean of `payloads` (ranks, payload_bytes), all of `chunk`, to `out`."""
     ranks = payloads.shape[0]
-    values = torch.zeros(layout.chunk_blocks, layout.block_size, device=out.device)
+    values = torch.full((layout.chunk_blocks, layout.block_size), -0.0, device=out.device)  # -0.0 + x is x, -0.0 too
     for rank in range(ranks):
         signs, scales = _sections(payloads[rank : rank + 1], layout)
         share = (scales / ranks).view(-1, 1)
@@ -46,28 +48,30 @@ def reduce_encode(
     _quantize(values.view(-1), residual, real, mask, out.view(1, -1), layout, squared, groups)
 
 
+@torch.no_grad()
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
     """Write the elements of all chunks of `payloads` (chunks · payload_bytes,) to `tensors`."""
     signs, scales = _sections(payloads.view(layout.chunks, -1), layout)
     scale = scales.reshape(-1, 1)
     values = torch.where(signs.view(layout.blocks, layout.block_size), scale, -scale).view(-1)
     if mask is not None:
-        values = torch.where(_unpack(mask), 0.0, values)
+        values = torch.where(unpack_bits(mask), 0.0, values)
     for segment in layout.segments:
         part = tensors[segment.tensor].view(-1)[segment.offset : segment.offset + segment.numel]
-        part.copy_(values[layout.residual_span(segment)])
+        part.copy_(_rounded(values[layout.residual_span(segment)], part.dtype))
 
 
 def pack_signs(x: Tensor, out: Tensor) -> None:
     """Write bit i of `out` (ceil(n/8),) uint8 as x[i] >= 0, little-endian; spare bits are 0."""
     bits = torch.zeros(out.numel() * 8, dtype=torch.bool, device=x.device)
     bits[: x.numel()] = x >= 0
-    out.copy_(_pack(bits))
+    out.copy_(pack_bits(bits))
 
 
+@torch.no_grad()
 def unpack_signs(bits: Tensor, out: Tensor) -> None:
     """Write +1 to `out` (n,) where a bit is set and -1 where it is not."""
-    signs = _unpack(bits)[: out.numel()]
+    signs = unpack_bits(bits)[: out.numel()]
     out.copy_(torch.where(signs, 1.0, -1.0))
 
 
@@ -137,7 +141,7 @@ def _quantize(
 ) -> None:
     """Finish encode and reduce_encode: `values` is flat and padded, `real` (blocks, block_size) bool."""
     blocks = real.shape[0]
-    live = real if mask is None else real & ~_unpack(mask).view(real.shape)
+    live = real if mask is None else real & ~unpack_bits(mask).view(real.shape)
     old = torch.zeros_like(values)
     if residual is not None:
         held = min(residual.numel(), old.numel())
@@ -157,14 +161,22 @@ def _quantize(
         residual[:held] = new.view(-1)[:held]
     payloads = out.shape[0]
     bits_bytes = blocks // payloads * layout.block_size // 8
-    out[:, :bits_bytes] = _pack((positive & live).view(-1)).view(payloads, bits_bytes)
+    out[:, :bits_bytes] = pack_bits((positive & live).view(-1)).view(payloads, bits_bytes)
     scale_bytes = scales.view(payloads, -1).view(torch.uint8)
     out[:, layout.bits_bytes : layout.bits_bytes + scale_bytes.shape[1]] = scale_bytes
 
 
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp32 values; a NaN keeps its sign, where torch's own conversion to bf16 has one of two other bit patterns."""
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    truncated = (values.view(torch.int32) >> 16).to(torch.int16).view(dtype)
+    return torch.where(values.isnan(), truncated, values.to(dtype))
+
+
 def _sections(payloads: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Split (k, payload_bytes) into (k, chunk_numel) bool signs and (k, chunk_blocks) fp32 scales."""
-    signs = _unpack(payloads[:, : layout.chunk_numel // 8].contiguous())
+    signs = unpack_bits(payloads[:, : layout.chunk_numel // 8].contiguous())
     end = layout.bits_bytes + 4 * layout.chunk_blocks
     scales = payloads[:, layout.bits_bytes : end].contiguous().view(torch.float32)
     return signs.view(payloads.shape[0], -1), scales
@@ -178,13 +190,13 @@ def _real(layout: Layout, segments: Iterable[Segment], blocks: int, device: torc
     return real.view(blocks, layout.block_size)
 
 
-def _pack(bits: Tensor) -> Tensor:
+def pack_bits(bits: Tensor) -> Tensor:
     """Pack (8k,) bool into (k,) uint8, little-endian."""
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
     return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
-def _unpack(packed: Tensor) -> Tensor:
+def unpack_bits(packed: Tensor) -> Tensor:
     """Unpack uint8 of any shape into (8k,) bool, little-endian."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed.reshape(-1, 1) >> shifts) & 1).bool().view(-1)

@@ -84,7 +84,7 @@ def _cores() -> int:
 def _positive(value: int | str, name: str) -> int:
     try:
         count = int(value)
-    except ValueError:
+    except (TypeError, ValueError):
         count = 0
     if count < 1 or isinstance(value, (bool, float)):
         raise InputError(f"{name} must be a positive integer, got {value!r}")

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ def compile_kernel(function: Callable[..., None]) -> Callable[..., None]:
     signature = void(*[int64] * function.__code__.co_argcount)
     with _lock:
         folder = _cache_folder()
-        if folder is None:
-            return njit(signature, nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
-        with _one_process(folder), _cache_in(folder):
-            return njit(signature, nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
+        if folder is not None:
+            try:
+                with _one_process(folder), _cache_in(folder):
+                    return njit(signature, nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
+            except OSError as error:  # such as a full disk
+                _say_uncached(error)
+        return njit(signature, nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -41,23 +44,27 @@ def _cache_folder() -> Path | None:
     Numba looks only at the file of the outermost function to decide whether cached code is stale; the kernels inline
     functions of other files, so the folder's name is a hash of all of them.
     """
-    base = config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     here = Path(__file__).parent
     digest = hashlib.sha256(numba.__version__.encode())
     for source in (*sorted(here.glob("*.py")), here.parent / "reference.py"):
         digest.update(source.read_bytes())
-    folder = Path(base) / "onebit" / digest.hexdigest()[:16]
     try:
+        base = config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "onebit" / digest.hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "ab"):
             return folder
-    except OSError as error:
-        _log.warning(
-            "onebit compiles its CPU kernels anew in every process, a few seconds each: its cache folder cannot be "
-            "written (%s). Set NUMBA_CACHE_DIR to a folder that can",
-            error,
-        )
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        _say_uncached(error)
         return None
+
+
+def _say_uncached(error: Exception) -> None:
+    _log.warning(
+        "onebit compiles its CPU kernels anew in every process, a few seconds each: its cache folder cannot be written "
+        "(%s). Set NUMBA_CACHE_DIR to a folder that can",
+        error,
+    )
 
 
 @contextmanager
@@ -73,7 +80,11 @@ def _one_process(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             _log.debug("no lock on the compile cache: %s", error)
-        yield
+        try:
+            yield
+        finally:  # closing is not enough: a child that another thread forked meanwhile has the file open, too
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 @contextmanager

@@ -1,0 +1,35 @@
+"""Moves bytes between ranks: transports, and the compressed average written once over them."""
+
+from onebit.comm.agreement import agree
+from onebit.comm.allreduce import CompressedAllreduce, CompressedWork, compressed_allreduce
+from onebit.comm.backend import Backend, Traffic, Work
+from onebit.comm.broadcast import broadcast
+from onebit.comm.dense import DenseAllreduce, DenseWork
+from onebit.comm.errors import BackendError, MismatchError, TransportError
+from onebit.comm.registry import make_backend
+from onebit.comm.residual import Residual
+from onebit.comm.stats import Stats
+from onebit.comm.threads_backend import run_threads
+from onebit.compress.errors import InputError, OnebitError
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "CompressedAllreduce",
+    "CompressedWork",
+    "DenseAllreduce",
+    "DenseWork",
+    "InputError",
+    "MismatchError",
+    "OnebitError",
+    "Residual",
+    "Stats",
+    "Traffic",
+    "TransportError",
+    "Work",
+    "agree",
+    "broadcast",
+    "compressed_allreduce",
+    "make_backend",
+    "run_threads",
+]

@@ -1,0 +1,315 @@
+"""The compressed average, written once for every backend and device: two collectives per bucket.
+
+phase 1   encode every rank's chunk of my buffer   → all_to_all → every rank's payload of my chunk
+phase 2   encode their mean, plus my server residual → all_gather → one payload per chunk → decode
+
+Two-phase compressed averaging with error feedback on both sides: Tang et al. 2021 (1-bit Adam, arXiv 2102.02888).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebit.comm.backend import Backend
+from onebit.comm.bucket import Bucket
+from onebit.comm.errors import TransportError
+from onebit.comm.residual import Residual
+from onebit.comm.stats import Stats, fp32_bytes
+from onebit.comm.tensors import Tensors, agree_on_tensors, all_finite, as_list, check_same, describe, resolve
+from onebit.compress import SignCodec
+from onebit.compress.errors import InputError
+from onebit.compress.layout import Layout
+
+DEFAULT_BUCKET_MB = 16.0
+
+
+class CompressedAllreduce:
+    """Averages a fixed list of tensors over ranks, compressed, with error feedback; collective to make and to call.
+
+    Buffers are allocated here, once, and keep their addresses. With one rank the average is the tensor itself: nothing is
+    compressed.
+
+    Args:
+        like: the tensor, or list of tensors, that calls will pass: shapes, dtypes (fp32, bf16, fp16) and device are fixed
+            by them, values are not read.
+        backend: None, a name, a process group, a communicator or a Backend; see `make_backend`.
+        codec: what goes on the wire.
+        bucket_mb: MiB of fp32 per bucket. Buckets are pipelined: one's kernels run while another's bytes travel. The size
+            changes no result.
+        residual: error feedback to carry on; None: start from zero.
+
+    Attributes:
+        backend: the resolved Backend.
+        residual: the error feedback.
+        stats: bytes and times so far.
+
+    Raises:
+        InputError: wrong dtype, device or option; nothing was exchanged.
+        MismatchError: ranks differ in tensors or options; raised on all of them.
+        BackendError: the backend is unknown or cannot be used.
+        TransportError: a rank did not take part within the timeout.
+    """
+
+    def __init__(
+        self,
+        like: Tensors,
+        backend: object = None,
+        codec: SignCodec | None = None,
+        *,
+        bucket_mb: float = DEFAULT_BUCKET_MB,
+        residual: Residual | None = None,
+    ) -> None:
+        tensors = as_list(like)
+        self.codec = SignCodec() if codec is None else codec
+        self.backend: Backend = resolve(tensors, backend)
+        options = {"codec": self.codec, "bucket_mb": check_bucket_mb(bucket_mb)}
+        agree_on_tensors(self.backend, "CompressedAllreduce", tensors, options)
+        self.residual = Residual() if residual is None else residual
+        self.stats = Stats()
+        self._like = [describe(t) for t in tensors]
+        self._device = tensors[0].device if tensors else torch.device("cpu")
+        self._numel = sum(t.numel() for t in tensors)
+        if self.backend.size == 1:
+            self.residual.refuse_pending()
+        self._buckets = self._make_buckets(tensors, int(bucket_mb * 2**20) // 4) if self.backend.size > 1 else []
+        self._masks: Sequence[Tensor] | None = None
+        self._staging: dict[int, Tensor] = {}
+        self._flight: CompressedWork | None = None
+
+    def __call__(self, tensors: Tensors) -> None:
+        """Replace `tensors` by their mean over ranks, in place; see `start`."""
+        self.start(tensors).wait()
+
+    def start(self, tensors: Tensors) -> CompressedWork:
+        """Encode `tensors` and start sending; the tensors must stay untouched until the work is done.
+
+        Any strides are taken. A non-finite element makes the mean of its block NaN on every rank and leaves the error
+        feedback of that block as it was.
+
+        Raises:
+            InputError: not the tensors this was made for, or the last work is not done; nothing was changed.
+            TransportError: the transport refused to start; the error feedback is as before.
+        """
+        if self._flight is not None:
+            raise InputError(
+                f"rank {self.backend.rank}: start() again before the last work's wait(); its buffers are still in use"
+            )
+        listed = as_list(tensors)
+        check_same(self.backend.rank, listed, self._like, self._device)
+        work = CompressedWork(self, listed)
+        if self._buckets:
+            self._flight = work
+        self.stats.calls += 1
+        self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
+        work.send()
+        return work
+
+    def set_mask(self, masks: Sequence[Tensor] | None) -> None:
+        """Take elements out of the average from now on: they are sent as nothing, hold no residual and become 0.
+
+        Args:
+            masks: one bool tensor per tensor, True for an element that takes no part, the same on every rank; None: all
+                take part.
+
+        Raises:
+            InputError: wrong number, dtype or size of masks.
+        """
+        if masks is not None and len(masks) != len(self._like):
+            raise InputError(f"set_mask: expected {len(self._like)} masks, one per tensor, got {len(masks)}")
+        self._masks = masks
+        for bucket in self._buckets:
+            bucket.set_mask(masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the error feedback of this rank; every rank has its own to save."""
+        return self.residual.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the error feedback of the same rank and world size; see `Residual.load_state_dict`."""
+        self.residual.load_state_dict(state)
+
+    def _make_buckets(self, tensors: Sequence[Tensor], bucket_numel: int) -> list[Bucket]:
+        layouts: list[Layout] = []
+        dtypes = sorted({t.dtype for t in tensors}, key=str)
+        for dtype in dtypes:  # a bucket holds one dtype; the other tensors count as empty
+            numels = [t.numel() if t.dtype == dtype else 0 for t in tensors]
+            planned = self.codec.plan(numels, self.backend.size, bucket_numel)
+            layouts += [layout for layout in planned if layout.blocks]
+        self.residual.bind([t.numel() for t in tensors], layouts, self.backend.rank, self._device)
+        return [
+            Bucket(self.codec, layout, self.backend, worker, server)
+            for layout, worker, server in zip(layouts, self.residual.worker, self.residual.server, strict=True)
+        ]
+
+    def _rows(self, tensors: Sequence[Tensor], copy: bool) -> list[Tensor]:
+        """The tensors in row-major order: themselves, or for other strides a buffer, filled if `copy`."""
+        rows = []
+        for index, t in enumerate(tensors):
+            if not t.is_contiguous():
+                if index not in self._staging:
+                    self._staging[index] = torch.empty_like(t, memory_format=torch.contiguous_format)
+                t = self._staging[index].copy_(t) if copy else self._staging[index]
+            rows.append(t)
+        return rows
+
+    def _done(self, targets: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        """Copy results from row-major order to where they belong, and allow the next start."""
+        for target, row in zip(targets, rows, strict=True):
+            if target is not row:
+                target.copy_(row)
+        if not self._buckets and self._masks is not None:
+            for target, mask in zip(targets, self._masks, strict=True):
+                target.masked_fill_(mask, 0.0)
+        self._flight = None
+
+
+class CompressedWork:
+    """One compressed average under way."""
+
+    def __init__(self, owner: CompressedAllreduce, tensors: Sequence[Tensor]) -> None:
+        self._owner = owner
+        self._buckets = owner._buckets
+        self._given = tensors
+        self._tensors = owner._rows(tensors, copy=True)
+        self._received = False
+
+    def wait(self) -> None:
+        """Replace the tensors given to `start` by their mean over ranks.
+
+        Raises:
+            TransportError: a peer is dead or too slow. Buckets that were complete are averaged, the others keep their
+                values, and their error feedback is as before `start` to within rounding.
+        """
+        if not self._received:
+            self._reduce()
+        for bucket in self._buckets:
+            if not self._received:
+                self._receive(bucket)
+            self._decode(bucket, self._tensors)
+        self._owner._done(self._given, self._tensors if self._buckets else self._given)
+
+    def finish(self) -> None:
+        """Return when every payload is here and nothing but the error feedback has changed; then `decode` or `undo`.
+
+        Raises:
+            TransportError: a peer is dead or too slow; the error feedback is as before to within rounding.
+        """
+        self._reduce()
+        for bucket in self._buckets:
+            self._receive(bucket)
+        self._received = True
+
+    def all_finite(self) -> Tensor:
+        """After `finish`: 0-dim bool, the same on all ranks, False if any rank sent a non-finite number.
+
+        With one rank nothing is sent, and the tensors themselves are looked at.
+        """
+        if not self._buckets:
+            return all_finite(self._given)
+        return torch.stack([bucket.all_finite() for bucket in self._buckets]).all()
+
+    def decode(self, out: Tensors) -> None:
+        """After `finish`: write the mean to `out`, shaped as the tensors given to `start`, which may be the same.
+
+        Raises:
+            InputError: other shapes, dtypes or device; nothing was changed.
+        """
+        targets = as_list(out)
+        check_same(self._owner.backend.rank, targets, self._owner._like, self._owner._device)
+        rows = self._owner._rows(targets, copy=False) if self._buckets else self._given
+        for bucket in self._buckets:
+            self._decode(bucket, rows)
+        self._owner._done(targets, rows)
+
+    def undo(self) -> None:
+        """Instead of `decode` or `wait`: put the error feedback back to what it was before `start`.
+
+        It is recomputed from what was sent and from the tensors, which must be as they were, so it is the old one to
+        within rounding (a few units in the last place of the largest of the numbers involved); no copy is kept for it.
+        """
+        for bucket in self._buckets:
+            bucket.undo(self._tensors)
+        self._owner._flight = None
+
+    def send(self) -> None:
+        """Phase 1 up to the transport; `start` calls it."""
+        for bucket in self._buckets:
+            with self._stage("encode"):
+                bucket.encode(self._tensors)
+            with self._stage("all_to_all"):
+                bucket.exchange()
+
+    def _reduce(self) -> None:
+        for bucket in self._buckets:
+            with self._stage("all_to_all"):
+                bucket.wait_exchange()
+            with self._stage("reduce_encode"):
+                bucket.reduce_encode()
+            with self._stage("all_gather"):
+                bucket.gather()
+
+    def _receive(self, bucket: Bucket) -> None:
+        with self._stage("all_gather"):
+            bucket.wait_gather()
+
+    def _decode(self, bucket: Bucket, targets: Sequence[Tensor]) -> None:
+        with self._stage("decode"):
+            bucket.decode(targets)
+
+    def _stage(self, name: str) -> Any:
+        return _UndoOnFailure(self, name)
+
+
+class _UndoOnFailure:
+    """Counts a stage; when the transport fails in it, puts the error feedback of what was not averaged back."""
+
+    def __init__(self, work: CompressedWork, name: str) -> None:
+        self._work = work
+        self._stage = work._owner.stats.stage(name, work._owner.backend)
+
+    def __enter__(self) -> None:
+        self._stage.__enter__()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._stage.__exit__(kind, error, trace)
+        if isinstance(error, TransportError):
+            self._work.undo()
+
+
+def compressed_allreduce(
+    tensor: Tensors,
+    residual: Residual | None = None,
+    *,
+    backend: object = None,
+    codec: SignCodec | None = None,
+) -> Tensors:
+    """Replace `tensor` by its mean over ranks, in place, sending about one bit per element; collective.
+
+    For many calls on the same tensors `CompressedAllreduce` is faster: it keeps its buffers and compares the ranks' input
+    only once, while this compares it every time.
+
+    Args:
+        tensor: a tensor or list of tensors, fp32, bf16 or fp16, any strides; overwritten.
+        residual: error feedback, kept from call to call; start with an empty `Residual()`. None: the error of this call is
+            forgotten.
+        backend, codec: as for `CompressedAllreduce`.
+
+    Returns:
+        `tensor`.
+
+    Raises:
+        InputError, MismatchError, BackendError, TransportError: as `CompressedAllreduce`.
+    """
+    CompressedAllreduce(tensor, backend, codec, residual=residual)(tensor)
+    return tensor
+
+
+def check_bucket_mb(bucket_mb: float) -> float:
+    """Return it; InputError unless it is a positive number."""
+    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)) or not 0 < bucket_mb < float("inf"):
+        raise InputError(f"bucket_mb must be a positive number of MiB, got {bucket_mb!r}")
+    return float(bucket_mb)

@@ -1,0 +1,152 @@
+"""The uncompressed average under the same contract: what warm-up uses, and what compression is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from onebit.comm.allreduce import DEFAULT_BUCKET_MB, check_bucket_mb
+from onebit.comm.backend import Backend, Work
+from onebit.comm.stats import Stats, fp32_bytes
+from onebit.comm.tensors import Tensors, agree_on_tensors, as_list, check_same, describe, resolve
+from onebit.compress.errors import InputError
+from onebit.compress.layout import ceil_div
+
+
+class DenseAllreduce:
+    """Averages a fixed list of tensors over ranks in fp32; collective to make and to call.
+
+    Every element is summed in rank order by one rank, all_to_all then all_gather, so the result depends neither on the
+    backend nor on the bucket size, and is bit-equal on all ranks. It sends what a bandwidth-optimal allreduce sends.
+
+    Args:
+        like, backend, bucket_mb: as for `CompressedAllreduce`.
+
+    Attributes:
+        backend: the resolved Backend.
+        stats: bytes and times so far.
+
+    Raises:
+        InputError, MismatchError, BackendError, TransportError: as for `CompressedAllreduce`.
+    """
+
+    def __init__(self, like: Tensors, backend: object = None, *, bucket_mb: float = DEFAULT_BUCKET_MB) -> None:
+        tensors = as_list(like)
+        self.backend: Backend = resolve(tensors, backend)
+        agree_on_tensors(self.backend, "DenseAllreduce", tensors, {"bucket_mb": check_bucket_mb(bucket_mb)})
+        self.stats = Stats()
+        self._like = [describe(t) for t in tensors]
+        self._device = tensors[0].device if tensors else torch.device("cpu")
+        self._numel = sum(t.numel() for t in tensors)
+        most = max(int(bucket_mb * 2**20) // 4, 1)
+        cuts = range(0, self._numel if self.backend.size > 1 else 0, most)
+        sizes = [t.numel() for t in tensors]
+        self._buckets = [_DenseBucket(self.backend, sizes, start, min(start + most, self._numel), self._device) for start in cuts]
+        self._in_flight = False
+
+    def __call__(self, tensors: Tensors, out: Tensors | None = None) -> None:
+        """Write the mean over ranks of `tensors` to `out`, or over `tensors` themselves; see `start`."""
+        self.start(tensors).wait(out)
+
+    def start(self, tensors: Tensors) -> DenseWork:
+        """Start averaging `tensors`, which are read before this returns.
+
+        Raises:
+            InputError: not the tensors this was made for, or the last work is not done; nothing was changed.
+            TransportError: the transport refused to start.
+        """
+        if self._in_flight:
+            raise InputError(f"rank {self.backend.rank}: start() again before the last work's wait()")
+        listed = as_list(tensors)
+        check_same(self.backend.rank, listed, self._like, self._device)
+        self.stats.calls += 1
+        self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
+        self._in_flight = bool(self._buckets)
+        for bucket in self._buckets:
+            with self.stats.stage("all_to_all", self.backend):
+                bucket.exchange(listed)
+        return DenseWork(self, listed)
+
+
+class DenseWork:
+    """One uncompressed average under way."""
+
+    def __init__(self, owner: DenseAllreduce, tensors: Sequence[Tensor]) -> None:
+        self._owner = owner
+        self._tensors = tensors
+
+    def wait(self, out: Tensors | None = None) -> None:
+        """Write the mean to `out`, shaped as the tensors given to `start`; None: over those.
+
+        Raises:
+            TransportError: a peer is dead or too slow; nothing was written.
+        """
+        owner = self._owner
+        targets = self._tensors if out is None else as_list(out)
+        check_same(owner.backend.rank, targets, owner._like, owner._device)
+        owner._in_flight = False
+        for bucket in owner._buckets:
+            with owner.stats.stage("all_to_all", owner.backend):
+                bucket.reduce()
+        for bucket in owner._buckets:
+            with owner.stats.stage("all_gather", owner.backend):
+                bucket.wait()
+        for bucket in owner._buckets:
+            bucket.write(targets)
+        if not owner._buckets:
+            for target, tensor in zip(targets, self._tensors, strict=True):
+                if target is not tensor:
+                    target.copy_(tensor)
+
+
+class _DenseBucket:
+    """Elements [start, end) of the concatenation of all tensors."""
+
+    def __init__(self, backend: Backend, sizes: Sequence[int], start: int, end: int, device: torch.device) -> None:
+        self._backend = backend
+        self._pieces = list(_pieces(sizes, start, end))
+        self._numel = end - start
+        padded = ceil_div(self._numel, backend.size) * backend.size
+        self._mine, self._theirs = torch.zeros(2, padded, device=device)
+        self._work: Work | None = None
+
+    def exchange(self, tensors: Sequence[Tensor]) -> None:
+        at = 0
+        for tensor, offset, numel in self._pieces:
+            self._mine[at : at + numel] = tensors[tensor].reshape(-1)[offset : offset + numel]
+            at += numel
+        self._work = self._backend.all_to_all(self._theirs, self._mine)
+
+    def reduce(self) -> None:
+        self.wait()
+        rows = self._theirs.view(self._backend.size, -1)
+        total = rows[0]
+        for row in rows[1:]:
+            total += row
+        self._work = self._backend.all_gather(self._mine, total.div_(self._backend.size))
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+
+    def write(self, tensors: Sequence[Tensor]) -> None:
+        at = 0
+        for tensor, offset, numel in self._pieces:
+            target = tensors[tensor]
+            flat = target.view(-1) if target.is_contiguous() else target.reshape(-1)
+            flat[offset : offset + numel] = self._mine[at : at + numel]
+            if flat.data_ptr() != target.data_ptr():
+                target.copy_(flat.view(target.shape))
+            at += numel
+
+
+def _pieces(sizes: Sequence[int], start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield tensor, offset and number of elements of what [start, end) covers."""
+    first = 0
+    for tensor, size in enumerate(sizes):
+        low, high = max(first, start), min(first + size, end)
+        if low < high:
+            yield tensor, low - first, high - low
+        first += size

@@ -1,0 +1,97 @@
+"""The list of tensors that an average was made for: checked once against the ranks, then against every call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from onebit.comm.agreement import agree
+from onebit.comm.backend import Backend
+from onebit.comm.registry import make_backend
+from onebit.compress.errors import InputError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+def as_list(tensors: Tensors) -> list[Tensor]:
+    """A list of plain tensors that share memory with the given ones.
+
+    Raises:
+        InputError: something in it is not a tensor.
+    """
+    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for index, t in enumerate(listed):
+        if not isinstance(t, Tensor):
+            raise InputError(f"expected a tensor or a list of tensors, got {type(t).__name__} at position {index}")
+    return [t.detach() for t in listed]
+
+
+def resolve(tensors: Sequence[Tensor], backend: object) -> Backend:
+    """The backend to use for these tensors; see `make_backend`."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return make_backend(backend, device=device)
+
+
+def agree_on_tensors(
+    backend: Backend, subject: str, tensors: Sequence[Tensor], options: Mapping[str, object]
+) -> None:
+    """Check dtypes and devices here, then that all ranks hold the same list and options; collective.
+
+    Raises:
+        InputError: this rank's tensors cannot be averaged; other ranks get a MismatchError that quotes it.
+        MismatchError: ranks differ.
+    """
+    facts = {"the number of tensors": str(len(tensors))}
+    facts.update({f"tensor {i}": describe(t) for i, t in enumerate(tensors)})
+    facts.update({name: str(value) for name, value in options.items()})
+    agree(backend, subject, facts, _refusal(backend, subject, tensors))
+
+
+def check_same(rank: int, tensors: Sequence[Tensor], like: Sequence[str], device: torch.device) -> None:
+    """Raise unless the tensors of a call are described as those that the average was made for.
+
+    Raises:
+        InputError: another number, shape, dtype or device.
+    """
+    if len(tensors) != len(like):
+        raise InputError(f"rank {rank}: made for {len(like)} tensors, called with {len(tensors)}")
+    for index, (t, expected) in enumerate(zip(tensors, like, strict=True)):
+        if describe(t) != expected or t.device != device:
+            raise InputError(
+                f"rank {rank}: tensor {index} was {expected} on {device} when this average was made, and is {describe(t)} "
+                f"on {t.device} now; make a new one when shapes change"
+            )
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """0-dim bool on the tensors' device: no element is infinite or NaN."""
+    filled = [t for t in tensors if t.numel()]
+    if not filled:
+        return torch.ones((), dtype=torch.bool)
+    largest = torch._foreach_norm(filled, float("inf"))  # NaN and infinity reach the largest absolute value
+    return torch.stack([norm.float() for norm in largest]).isfinite().all()
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape, as messages and fingerprints say them."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _refusal(backend: Backend, subject: str, tensors: Sequence[Tensor]) -> InputError | None:
+    for index, t in enumerate(tensors):
+        where = f"rank {backend.rank}: {subject}: tensor {index}"
+        if t.dtype not in DTYPES or t.layout != torch.strided:
+            kind = "" if t.layout == torch.strided else f" with layout {t.layout}"
+            return InputError(f"{where} must be dense float32, bfloat16 or float16, got {describe(t)}{kind}; convert it first")
+        if backend.device_type not in (None, t.device.type):
+            return InputError(
+                f"{where} is on {t.device}, but the {backend.name!r} backend carries {backend.device_type} tensors; move it, "
+                "or use 'gloo' or 'mpi' for cpu tensors and 'nccl' for cuda tensors"
+            )
+        if t.device != tensors[0].device:
+            return InputError(f"{where} is on {t.device}, tensor 0 on {tensors[0].device}; average them separately")
+    return None

@@ -1,0 +1,6 @@
+"""Optimizers that average over ranks in about one bit per parameter, as thin consumers of `onebit.comm`."""
+
+from onebit.optim.base import CompressedOptimizer
+from onebit.optim.onebit_adam import OnebitAdam
+
+__all__ = ["CompressedOptimizer", "OnebitAdam"]

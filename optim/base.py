@@ -1,0 +1,243 @@
+"""What the compressed optimizers share: when ranks meet, in which order, and that a step is made wholly or not at all."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebit.comm import Backend, Residual, Stats, agree, make_backend
+from onebit.comm.allreduce import DEFAULT_BUCKET_MB, check_bucket_mb
+from onebit.comm.tensors import describe
+from onebit.compress import InputError, SignCodec
+from onebit.compress.kernels import DTYPES
+from onebit.optim.exchange import Exchange, GroupReducers
+
+_log = logging.getLogger(__name__)
+
+EXTRA = "onebit"  # key of a state_dict under which everything stands that torch's own optimizers do not have
+VERSION = 1
+
+
+class CompressedOptimizer(torch.optim.Optimizer):
+    """Base of optimizers that average over ranks by themselves; gradients given to `step` are this rank's own.
+
+    The collectives of a step depend only on the parameter lists and on each group's step count, never on which gradients
+    are None, so ranks with different unused parameters cannot block each other. A step with a non-finite number on any rank
+    is skipped by all: parameters and moments stay as they are, error feedback is put back to within rounding, and the
+    step is not counted.
+
+    Attributes:
+        skipped_steps: steps skipped because some rank had a non-finite number.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        bucket_mb: float = DEFAULT_BUCKET_MB,
+        backend: object = None,
+        codec: SignCodec | None = None,
+    ) -> None:
+        self._bucket_mb = check_bucket_mb(bucket_mb)
+        self._codec = SignCodec() if codec is None else codec
+        # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process group
+        # is often made after the optimizer.
+        self._spec = backend
+        self._backend: Backend | None = None if backend is None else make_backend(backend)
+        self._reducers: list[GroupReducers] = []
+        self._agreed = False
+        self.skipped_steps = 0
+        super().__init__(params, {**defaults, "step": 0})
+
+    @property
+    def backend(self) -> Backend:
+        """The resolved backend."""
+        if self._backend is None:
+            device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else None
+            self._backend = make_backend(self._spec, device=device)
+        return self._backend
+
+    @property
+    def stats(self) -> Stats:
+        """Bytes and times of all averages of this rank so far, warm-up included; a new object each time."""
+        total = Stats()
+        for reducers in self._reducers:
+            for part in reducers.stats():
+                total.calls += part.calls
+                total.collectives += part.collectives
+                total.wire_bytes += part.wire_bytes
+                total.dense_bytes += part.dense_bytes
+                for stage, seconds in part.seconds.items():
+                    total.seconds[stage] = total.seconds.get(stage, 0.0) + seconds
+        return total
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; their group starts at step 0, so it makes its own warm-up. Every rank must do the same.
+
+        Raises:
+            InputError: a parameter has an unsupported dtype or layout, or options are out of range; nothing was added.
+        """
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[before])
+        except InputError:
+            del self.param_groups[before:]
+            raise
+        self._agreed = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Average and update; collective: every rank must call it, also one without gradients.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            MismatchError: at the first step, or after add_param_group: ranks differ in parameters or options.
+            TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
+            InputError: a gradient that cannot be averaged, such as a sparse one; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        self._agree()
+        exchanges: list[Exchange] = []
+        try:
+            for group, reducers in zip(self.param_groups, self._reducers, strict=True):
+                exchanges.append(self._exchange(group, reducers))
+            finite = all(bool(exchange.all_finite()) for exchange in exchanges)
+        except Exception:
+            for exchange in exchanges:
+                exchange.undo()
+            raise
+        if finite:
+            for group, exchange in zip(self.param_groups, exchanges, strict=True):
+                group["step"] += 1
+                exchange.commit()
+        else:
+            for exchange in exchanges:
+                exchange.undo()
+            self.skipped_steps += 1
+            _log.warning("rank %d: step skipped, some rank has a non-finite gradient (%d so far)", self.backend.rank, self.skipped_steps)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state_dict plus this rank's error feedback; every rank has its own to save.
+
+        Everything is tensors, numbers, strings, lists and dicts, so ``torch.load(..., weights_only=True)`` reads it.
+        """
+        state: dict[str, Any] = super().state_dict()
+        residuals = [reducers.residual.state_dict() for reducers in self._reducers]
+        state[EXTRA] = {"version": VERSION, "skipped_steps": self.skipped_steps, "residuals": residuals}
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state of the same rank and world size; a `torch.optim.AdamW` state is taken as one of warm-up.
+
+        Raises:
+            InputError: it is of another version; nothing was changed.
+            ValueError: it is of other parameters (torch's own check); nothing was changed.
+        """
+        extra = state_dict.get(EXTRA)
+        if extra is not None and extra.get("version") != VERSION:
+            raise InputError(f"{type(self).__name__} state has version {VERSION}, got {extra.get('version')!r}")
+        residuals = [Residual() for _ in self.param_groups]
+        for residual, saved in zip(residuals, extra["residuals"] if extra else (), strict=False):
+            residual.load_state_dict(saved)
+        defaults = [dict(group) for group in self.param_groups]
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._restore_fp32_state(state_dict)
+        for group, default in zip(self.param_groups, defaults, strict=True):
+            steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]]
+            default["step"] = max(steps, default=0)
+            for key, value in default.items():
+                group.setdefault(key, value)
+        self._reducers = [self._group_reducers(residual) for residual in residuals]
+        self.skipped_steps = extra["skipped_steps"] if extra else 0
+        self._agreed = False
+
+    @abstractmethod
+    def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
+        """Send and receive what one group needs for its next step, changing nothing but error feedback."""
+
+    @abstractmethod
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        """Raise InputError if an option of a group is out of range."""
+
+    def _group_reducers(self, residual: Residual | None = None) -> GroupReducers:
+        return GroupReducers(lambda: self.backend, self._codec, self._bucket_mb, residual)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self._check_options(group)
+        devices = {p.device for p in group["params"]}
+        if len(devices) > 1:
+            raise InputError(
+                f"{type(self).__name__}: the parameters of a group are on {' and '.join(sorted(map(str, devices)))}; give "
+                "each device a group of its own"
+            )
+        for index, p in enumerate(group["params"]):
+            if p.dtype not in DTYPES or p.layout != torch.strided:
+                raise InputError(
+                    f"{type(self).__name__}: parameter {index} must be dense float32, bfloat16 or float16, got {describe(p)} "
+                    f"with layout {p.layout}; leave it out or convert it"
+                )
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise InputError(
+                        f"{type(self).__name__}: the gradient of parameter {index}, {describe(p)}, is sparse; use dense "
+                        "gradients (sparse=False in nn.Embedding)"
+                    )
+
+    def _agree(self) -> None:
+        """Once per set of groups: all ranks hold the same parameters, values included, and the same options."""
+        while len(self._reducers) < len(self.param_groups):
+            self._reducers.append(self._group_reducers())
+        if self._agreed:
+            return
+        if self.backend.size > 1:
+            agree(self.backend, f"{type(self).__name__}.step", self._facts())
+        self._agreed = True
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"the codec": str(self._codec), "bucket_mb": str(self._bucket_mb)}
+        for g, group in enumerate(self.param_groups):
+            facts[f"the number of parameters of group {g}"] = str(len(group["params"]))
+            for key, value in group.items():
+                if key != "params":
+                    facts[f"option {key} of group {g}"] = str(float(value) if isinstance(value, Tensor) else value)
+            for i, p in enumerate(group["params"]):
+                facts[f"parameter {i} of group {g}"] = describe(p)
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                facts[f"the values of parameter {i} of group {g} (onebit.comm.broadcast makes them equal)"] = checksum(p)
+        return facts
+
+    def _restore_fp32_state(self, state_dict: Mapping[str, Any]) -> None:
+        """torch casts loaded state to the parameter's dtype; moments of bf16 and fp16 parameters are fp32 here."""
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, own, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.dtype == torch.float32 and self.state[p][key].dtype != torch.float32:
+                    self.state[p][key] = value.to(p.device, copy=True)
+
+
+def checksum(tensor: Tensor) -> str:
+    """A number that tells different contents apart: the sum of the elements' bit patterns."""
+    words = tensor.detach().contiguous().view(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+    return f"checksum {int(words.sum(dtype=torch.int64))}"

@@ -1,0 +1,70 @@
+"""The averages of one parameter group, made when first needed, and one step's worth of them under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from onebit.comm import Backend, CompressedAllreduce, DenseAllreduce, Residual, Stats
+from onebit.compress import SignCodec
+
+
+class Exchange(Protocol):
+    """What the ranks told each other for one step of one group; nothing but error feedback has changed yet."""
+
+    def all_finite(self) -> Tensor:
+        """0-dim bool, the same on every rank."""
+
+    def commit(self) -> None:
+        """Make the step; the group's step count is already that of the step."""
+
+    def undo(self) -> None:
+        """Put error feedback back; the step is not made."""
+
+
+class GroupReducers:
+    """Makes the dense and the compressed average of one group when they are first used, and remembers them.
+
+    Attributes:
+        residual: error feedback of the compressed average.
+    """
+
+    def __init__(
+        self, backend: Callable[[], Backend], codec: SignCodec, bucket_mb: float, residual: Residual | None
+    ) -> None:
+        self._backend = backend
+        self._codec = codec
+        self._bucket_mb = bucket_mb
+        self._dense: DenseAllreduce | None = None
+        self._compressed: CompressedAllreduce | None = None
+        self._warned = False
+        self.residual = Residual() if residual is None else residual
+
+    def dense(self, like: Sequence[Tensor]) -> DenseAllreduce:
+        """The fp32 average of tensors such as `like`."""
+        if self._dense is None:
+            self._dense = DenseAllreduce(like, self._backend(), bucket_mb=self._bucket_mb)
+        return self._dense
+
+    def compressed(self, like: Sequence[Tensor], masks: Callable[[], Sequence[Tensor]]) -> CompressedAllreduce:
+        """The compressed average of tensors such as `like`; `masks` tells, when it is made, what takes no part."""
+        self._dense = None  # warm-up is over; its buffers hold 8 bytes per parameter
+        if self._compressed is None:
+            self._compressed = CompressedAllreduce(
+                like, self._backend(), self._codec, bucket_mb=self._bucket_mb, residual=self.residual
+            )
+            self._compressed.set_mask(masks())
+        return self._compressed
+
+    def first_warning(self) -> bool:
+        """True the first time it is called: some things are said once per group."""
+        first, self._warned = not self._warned, True
+        return first
+
+    def stats(self) -> Iterator[Stats]:
+        """Yield the counts of the averages made so far."""
+        for reducer in (self._dense, self._compressed):
+            if reducer is not None:
+                yield reducer.stats

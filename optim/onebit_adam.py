@@ -1,0 +1,229 @@
+"""1-bit Adam: Adam on dense averages until the variance is stable, then momentum averaged in one bit per parameter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+from onebit.comm import CompressedWork
+from onebit.comm.allreduce import DEFAULT_BUCKET_MB
+from onebit.comm.tensors import all_finite
+from onebit.compress import InputError, SignCodec
+from onebit.optim.base import CompressedOptimizer
+from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.options import check_adam_options, check_freeze_step
+
+_log = logging.getLogger(__name__)
+
+
+class OnebitAdam(CompressedOptimizer):
+    """Adam or AdamW whose ranks exchange about one bit per parameter after a warm-up.
+
+    Steps 1 to `freeze_step` are `torch.optim.AdamW` (or Adam) on the mean gradient, which is averaged in fp32. Then the
+    variance is frozen, every rank adds its own gradient to the momentum, and the momentum is averaged by
+    `CompressedAllreduce`:  m = C(β₁·m + (1-β₁)·g),  x -= lr·(m / (1-β₁ᵗ)) / (√(v_T / (1-β₂ᵀ)) + ε).
+    Algorithm: Tang et al. 2021, arXiv 2102.02888. Do not average gradients yourself and do not wrap the model in DDP.
+
+    An entry whose variance is 0 at the freeze is dead: its update, momentum and error feedback stay 0. A parameter that had
+    no gradient on any rank during warm-up is left alone for good. After the freeze a gradient that is None counts as zero.
+    With one rank nothing is compressed.
+
+    Args:
+        params: as for any torch optimizer; fp32, bf16 or fp16, with the same start on every rank. Moments are fp32.
+        lr, betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        freeze_step: number of warm-up steps, at least 1; 15 to 25 % of training, past the learning rate's own warm-up.
+        adamw_mode: True: decoupled weight decay (AdamW); False: decay is added to the gradient (Adam).
+        bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵗ out.
+        bucket_mb: MiB of fp32 that travel together; changes no result.
+        backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
+        codec: what goes on the wire after warm-up.
+
+    Raises:
+        InputError: an option is out of range or a parameter has an unsupported dtype.
+        BackendError: the backend is unknown or cannot be used.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        freeze_step: int,
+        adamw_mode: bool = True,
+        bias_correction: bool = True,
+        maximize: bool = False,
+        bucket_mb: float = DEFAULT_BUCKET_MB,
+        backend: object = None,
+        codec: SignCodec | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "freeze_step": freeze_step,
+            "adamw_mode": adamw_mode,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+        }
+        self._check_options(defaults)
+        super().__init__(params, defaults, bucket_mb=bucket_mb, backend=backend, codec=codec)
+
+    def phase(self, group: int = 0) -> str:
+        """``"warmup"`` or ``"compressed"``: how the next step of a parameter group will be made."""
+        return "warmup" if _in_warmup(self.param_groups[group]) else "compressed"
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        check_adam_options("OnebitAdam", group)
+        check_freeze_step("OnebitAdam", group["freeze_step"])
+
+    def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
+        if _in_warmup(group):
+            return _Warmup(self, group, reducers)
+        return _Compressed(self, group, reducers)
+
+
+class _Warmup:
+    """Adam's own step on gradients averaged in fp32."""
+
+    def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._optimizer = optimizer
+        self._group = group
+        params = group["params"]
+        # One flag per parameter travels along: a parameter that no rank has a gradient for is not updated at all.
+        present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device if params else None)
+        grads = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float() for p in params]
+        self._means = grads
+        if optimizer.backend.size > 1:
+            self._means = [torch.empty_like(g) for g in grads]
+            reducers.dense([*grads, present])([*grads, present], out=[*self._means, present])
+        self._present = present.tolist()
+
+    def all_finite(self) -> Tensor:
+        return all_finite(self._means)
+
+    def undo(self) -> None:
+        """Nothing was changed."""
+
+    def commit(self) -> None:
+        group = self._group
+        params = [p for p, present in zip(group["params"], self._present, strict=True) if present]
+        means = [m for m, present in zip(self._means, self._present, strict=True) if present]
+        states = [_state(self._optimizer, p) for p in params]
+        values = [p.float() for p in params]  # itself where it is fp32
+        steps = [s["step"] for s in states]
+        counted = steps if group["bias_correction"] else [torch.full_like(s, torch.inf) for s in steps]
+        (adamw if group["adamw_mode"] else adam)(
+            values,
+            means,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            counted,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+        if counted is not steps:
+            torch._foreach_add_(steps, 1.0)
+        _write_back(params, values)
+
+
+class _Compressed:
+    """Momentum averaged in one bit per entry over a frozen variance."""
+
+    def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._group = group
+        self._params = [p for p in group["params"] if "exp_avg" in optimizer.state[p]]
+        self._states = [optimizer.state[p] for p in self._params]
+        late = [i for i, p in enumerate(group["params"]) if p.grad is not None and "exp_avg" not in optimizer.state[p]]
+        if late and reducers.first_warning():
+            _log.warning(
+                "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them and "
+                "they are not updated; give them to add_param_group, where they make a warm-up of their own",
+                optimizer.backend.rank,
+                late,
+            )
+        momenta = [s["exp_avg"] for s in self._states]
+        reduce = reducers.compressed(momenta, lambda: [s["exp_avg_sq"] == 0 for s in self._states])
+        self._work: CompressedWork = reduce.start(self._local_momenta(momenta))
+        self._work.finish()
+
+    def all_finite(self) -> Tensor:
+        return self._work.all_finite()
+
+    def undo(self) -> None:
+        self._work.undo()
+
+    def commit(self) -> None:
+        if not self._params:
+            return
+        group = self._group
+        momenta = [s["exp_avg"] for s in self._states]
+        self._work.decode(momenta)
+        torch._foreach_add_([s["step"] for s in self._states], 1.0)
+        lr = float(group["lr"])
+        values = [p.float() for p in self._params]
+        if group["adamw_mode"] and group["weight_decay"]:
+            torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
+        rates, roots = zip(*(self._corrections(float(s["step"])) for s in self._states), strict=True)
+        spread = torch._foreach_sqrt([s["exp_avg_sq"] for s in self._states])
+        torch._foreach_div_(spread, list(roots))
+        torch._foreach_add_(spread, group["eps"])
+        torch._foreach_addcdiv_(values, momenta, spread, [-lr * rate for rate in rates])
+        _write_back(self._params, values)
+
+    def _local_momenta(self, momenta: list[Tensor]) -> list[Tensor]:
+        """β₁·m + (1-β₁)·g of this rank, in new tensors: m itself must survive a step that is not made."""
+        group = self._group
+        beta1 = group["betas"][0]
+        sign = -1.0 if group["maximize"] else 1.0
+        local = list(torch._foreach_mul(momenta, beta1)) if momenta else []
+        for m, p in zip(local, self._params, strict=True):
+            if p.grad is not None:
+                m.add_(p.grad, alpha=sign * (1 - beta1))
+            if not group["adamw_mode"] and group["weight_decay"]:
+                m.add_(p, alpha=group["weight_decay"] * (1 - beta1))
+        return local
+
+    def _corrections(self, step: float) -> tuple[float, float]:
+        """1/(1-β₁ᵗ) and √(1-β₂ᵀ) of a parameter whose own step count is `step`; T is its count at the freeze."""
+        group = self._group
+        if not group["bias_correction"]:
+            return 1.0, 1.0
+        beta1, beta2 = group["betas"]
+        frozen_at = step - (group["step"] - group["freeze_step"])
+        return 1 / (1 - beta1**step), (1 - beta2**frozen_at) ** 0.5
+
+
+def _in_warmup(group: Mapping[str, Any]) -> bool:
+    return bool(group["step"] < group["freeze_step"])
+
+
+def _state(optimizer: OnebitAdam, p: Tensor) -> dict[str, Any]:
+    state: dict[str, Any] = optimizer.state[p]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros(())
+        state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+        state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+    return state
+
+
+def _write_back(params: list[Tensor], values: list[Tensor]) -> None:
+    """Round fp32 values to the parameters they were made from; fp32 parameters are the values themselves."""
+    for p, value in zip(params, values, strict=True):
+        if p is not value:
+            p.copy_(value)
