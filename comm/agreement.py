@@ -55,8 +55,8 @@ def _difference(rank: int, subject: str, per_rank: Sequence[Mapping[str, str]]) 
             said = "; ".join(f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}: {v}" for v, r in holders.items())
             break
     return (
-        f"rank {rank}: {subject}: ranks do not agree on {name}: {said}. Nothing was exchanged or changed. Every rank must "
-        "make this call with the same tensors, in the same order, and the same options"
+        f"rank {rank}: {subject}: ranks do not agree on {name}: {said}. Nothing was exchanged or changed. Every rank "
+        "must make this call with the same tensors, in the same order, and the same options"
     )
 
 

@@ -30,16 +30,16 @@ DEFAULT_BUCKET_MB = 16.0
 class CompressedAllreduce:
     """Averages a fixed list of tensors over ranks, compressed, with error feedback; collective to make and to call.
 
-    Buffers are allocated here, once, and keep their addresses. With one rank the average is the tensor itself: nothing is
-    compressed.
+    Buffers are allocated here, once, and keep their addresses. With one rank the average is the tensor itself:
+    nothing is compressed.
 
     Args:
-        like: the tensor, or list of tensors, that calls will pass: shapes, dtypes (fp32, bf16, fp16) and device are fixed
-            by them, values are not read.
+        like: the tensor, or list of tensors, that calls will pass: shapes, dtypes (fp32, bf16, fp16) and device are
+            fixed by them, values are not read.
         backend: None, a name, a process group, a communicator or a Backend; see `make_backend`.
         codec: what goes on the wire.
-        bucket_mb: MiB of fp32 per bucket. Buckets are pipelined: one's kernels run while another's bytes travel. The size
-            changes no result.
+        bucket_mb: MiB of fp32 per bucket. Buckets are pipelined: one's kernels run while another's bytes travel. The
+            size changes no result.
         residual: error feedback to carry on; None: start from zero.
 
     Attributes:
@@ -289,13 +289,13 @@ def compressed_allreduce(
 ) -> Tensors:
     """Replace `tensor` by its mean over ranks, in place, sending about one bit per element; collective.
 
-    For many calls on the same tensors `CompressedAllreduce` is faster: it keeps its buffers and compares the ranks' input
-    only once, while this compares it every time.
+    For many calls on the same tensors `CompressedAllreduce` is faster: it keeps its buffers and compares the ranks'
+    input only once, while this compares it every time.
 
     Args:
         tensor: a tensor or list of tensors, fp32, bf16 or fp16, any strides; overwritten.
-        residual: error feedback, kept from call to call; start with an empty `Residual()`. None: the error of this call is
-            forgotten.
+        residual: error feedback, kept from call to call; start with an empty `Residual()`. None: the error of this
+            call is forgotten.
         backend, codec: as for `CompressedAllreduce`.
 
     Returns:

@@ -33,8 +33,9 @@ class Bucket:
         self._server = server
         self._mask: Tensor | None = None
         ranks, size = backend.size, layout.payload_bytes
-        self._sent, self._received, self._gathered = torch.zeros(3, ranks * size, dtype=torch.uint8, device=worker.device)
-        self._mine = torch.zeros(size, dtype=torch.uint8, device=worker.device)
+        device = worker.device
+        self._sent, self._received, self._gathered = torch.zeros(3, ranks * size, dtype=torch.uint8, device=device)
+        self._mine = torch.zeros(size, dtype=torch.uint8, device=device)
         self._exchange: Work | None = None
         self._gather: Work | None = None
         self._encoded = False

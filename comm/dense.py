@@ -43,7 +43,9 @@ class DenseAllreduce:
         most = max(int(bucket_mb * 2**20) // 4, 1)
         cuts = range(0, self._numel if self.backend.size > 1 else 0, most)
         sizes = [t.numel() for t in tensors]
-        self._buckets = [_DenseBucket(self.backend, sizes, start, min(start + most, self._numel), self._device) for start in cuts]
+        self._buckets = [
+            _DenseBucket(self.backend, sizes, start, min(start + most, self._numel), self._device) for start in cuts
+        ]
         self._in_flight = False
 
     def __call__(self, tensors: Tensors, out: Tensors | None = None) -> None:

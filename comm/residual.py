@@ -17,8 +17,9 @@ VERSION = 1
 class Residual:
     """The error feedback of one compressed average; make it empty, the first average gives it its sizes.
 
-    The *worker* residual is what this rank has not yet told the others, one fp32 per element. The *server* residual belongs
-    to the chunk whose mean this rank computes, and is what it has not yet told of that mean. Padding is part of neither.
+    The *worker* residual is what this rank has not yet told the others, one fp32 per element. The *server* residual
+    belongs to the chunk whose mean this rank computes, and is what it has not yet told of that mean. Padding is part
+    of neither.
     """
 
     def __init__(self) -> None:
@@ -51,9 +52,9 @@ class Residual:
         elif (self._numels, self._layouts, self._rank) != (tuple(numels), tuple(layouts), rank):
             raise InputError(
                 f"rank {rank}: this Residual holds the error feedback of {len(self._numels)} tensors with "
-                f"{sum(self._numels)} elements (rank {self._rank}), and is used now for {len(numels)} with {sum(numels)}, "
-                "or with another codec, bucket size or world size; use one Residual per averaged list of tensors, or "
-                "reset() it"
+                f"{sum(self._numels)} elements (rank {self._rank}), and is used now for {len(numels)} with "
+                f"{sum(numels)}, or with another codec, bucket size or world size; use one Residual per averaged list of "
+                "tensors, or reset() it"
             )
 
     def refuse_pending(self) -> None:
@@ -64,8 +65,8 @@ class Residual:
         """
         if self._pending is not None:
             raise InputError(
-                f"the loaded error feedback is of rank {self._pending['rank']} of {self._pending['world_size']}, and a single "
-                "rank compresses nothing: load without it, or train on as many ranks as before"
+                f"the loaded error feedback is of rank {self._pending['rank']} of {self._pending['world_size']}, and a "
+                "single rank compresses nothing: load without it, or train on as many ranks as before"
             )
 
     def reset(self) -> None:
@@ -88,13 +89,15 @@ class Residual:
         parts = [part for part in (*self.worker, *self.server) if part.numel()]
         if not parts:
             return torch.zeros(())
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Return real elements only, in tensor order, independent of padding; needs only ``weights_only`` loading.
 
-        Keys: ``version``, ``rank``, ``world_size``, ``numels``, ``worker`` (sum of numels,) fp32, ``server`` (elements of
-        this rank's chunks,) fp32 and ``server_spans``, (k, 3) int64 rows of tensor, offset, number of elements.
+        Keys: ``version``, ``rank``, ``world_size``, ``numels``, ``worker`` (sum of numels,) fp32, ``server``
+            (elements of this rank's chunks,) fp32 and ``server_spans``, (k, 3) int64 rows of tensor, offset, number
+            of elements.
         """
         if self._layouts is None:
             return {"version": VERSION} if self._pending is None else dict(self._pending)
@@ -238,11 +241,14 @@ class _Spans:
 
 def _check_state(state: Mapping[str, Any]) -> None:
     if state.get("version") != VERSION:
-        raise InputError(f"a residual's state has version {VERSION}, got {state.get('version')!r}; was it made by state_dict()?")
+        raise InputError(
+            f"a residual's state has version {VERSION}, got {state.get('version')!r}; was it made by state_dict()?"
+        )
     keys = {"rank", "world_size", "numels", "worker", "server", "server_spans"}
     if len(state) > 1 and not keys <= state.keys():
         raise InputError(f"a residual's state lacks {', '.join(sorted(keys - state.keys()))}")
     if "worker" in state and state["worker"].numel() != sum(state["numels"]):
         raise InputError(
-            f"a residual's state of {sum(state['numels'])} elements holds a worker residual of {state['worker'].numel()}"
+            f"a residual's state of {sum(state['numels'])} elements holds a worker residual of "
+            f"{state['worker'].numel()}"
         )

@@ -1,4 +1,4 @@
-"""What an average has cost so far: bytes handed to the transport, bytes a plain average would have sent, time per stage."""
+"""What an average has cost so far: bytes sent, bytes a plain average would have sent, and time per stage."""
 
 from __future__ import annotations
 

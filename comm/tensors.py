@@ -36,9 +36,7 @@ def resolve(tensors: Sequence[Tensor], backend: object) -> Backend:
     return make_backend(backend, device=device)
 
 
-def agree_on_tensors(
-    backend: Backend, subject: str, tensors: Sequence[Tensor], options: Mapping[str, object]
-) -> None:
+def agree_on_tensors(backend: Backend, subject: str, tensors: Sequence[Tensor], options: Mapping[str, object]) -> None:
     """Check dtypes and devices here, then that all ranks hold the same list and options; collective.
 
     Raises:
@@ -62,8 +60,8 @@ def check_same(rank: int, tensors: Sequence[Tensor], like: Sequence[str], device
     for index, (t, expected) in enumerate(zip(tensors, like, strict=True)):
         if describe(t) != expected or t.device != device:
             raise InputError(
-                f"rank {rank}: tensor {index} was {expected} on {device} when this average was made, and is {describe(t)} "
-                f"on {t.device} now; make a new one when shapes change"
+                f"rank {rank}: tensor {index} was {expected} on {device} when this average was made, and is "
+                f"{describe(t)} on {t.device} now; make a new one when shapes change"
             )
 
 
@@ -86,11 +84,13 @@ def _refusal(backend: Backend, subject: str, tensors: Sequence[Tensor]) -> Input
         where = f"rank {backend.rank}: {subject}: tensor {index}"
         if t.dtype not in DTYPES or t.layout != torch.strided:
             kind = "" if t.layout == torch.strided else f" with layout {t.layout}"
-            return InputError(f"{where} must be dense float32, bfloat16 or float16, got {describe(t)}{kind}; convert it first")
+            return InputError(
+                f"{where} must be dense float32, bfloat16 or float16, got {describe(t)}{kind}; convert it first"
+            )
         if backend.device_type not in (None, t.device.type):
             return InputError(
-                f"{where} is on {t.device}, but the {backend.name!r} backend carries {backend.device_type} tensors; move it, "
-                "or use 'gloo' or 'mpi' for cpu tensors and 'nccl' for cuda tensors"
+                f"{where} is on {t.device}, but the {backend.name!r} backend carries {backend.device_type} tensors; "
+                "move it, or use 'gloo' or 'mpi' for cpu tensors and 'nccl' for cuda tensors"
             )
         if t.device != tensors[0].device:
             return InputError(f"{where} is on {t.device}, tensor 0 on {tensors[0].device}; average them separately")

@@ -18,13 +18,14 @@ from onebit.compress.layout import ALIGNMENT, Layout, plan
 class SignCodec:
     """Encodes c = x + residual as signs and one scale s per block; the new residual is c - s·sign(c).
 
-    Zero and -0.0 count as positive, NaN as negative. A block with a non-finite c sends the scale NaN, decodes to NaN and
-    leaves its residual as it was. All arithmetic is fp32. Error feedback: Seide et al. 2014; the scale that makes the sign
+    Zero and -0.0 count as positive, NaN as negative. A block with a non-finite c sends the scale NaN, decodes to NaN
+    and leaves its residual as it was. All arithmetic is fp32. Error feedback: Seide et al. 2014; the scale that makes
+    the sign
     a contraction: Karimireddy et al. 2019 (arXiv 1901.09847).
 
     Attributes:
-        block_size: consecutive elements of one tensor that share a scale, a multiple of 32; None: all elements of a tensor
-            share one, as in the published 1-bit Adam.
+        block_size: consecutive elements of one tensor that share a scale, a multiple of 32; None: all elements of a
+            tensor share one, as in the published 1-bit Adam.
         scale: ``"mean"`` of |c|, the least-squares choice, or ``"rms"``, the root mean square of the published
             implementation, which does not contract on sparse data.
         kernels: name of the implementation to use; None: the fastest for the device of the tensors.
@@ -40,7 +41,9 @@ class SignCodec:
     def __post_init__(self) -> None:
         size = self.block_size
         if size is not None and (type(size) is not int or size < 32 or size % 32):
-            raise InputError(f"SignCodec: block_size must be a positive multiple of 32, or None for a scale per tensor, got {size!r}")
+            raise InputError(
+                f"SignCodec: block_size must be a positive multiple of 32, or None for a scale per tensor, got {size!r}"
+            )
         if self.scale not in ("mean", "rms"):
             raise InputError(f"SignCodec: scale must be 'mean' or 'rms', got {self.scale!r}")
 
@@ -51,7 +54,7 @@ class SignCodec:
     def plan(
         self, tensors: Sequence[Tensor | int], chunks: int = 1, bucket_numel: int | None = None
     ) -> tuple[Layout, ...]:
-        """Lay out tensors (or their numbers of elements) for `chunks` ranks, in buckets of about `bucket_numel` elements.
+        """Lay out tensors (or their sizes) for `chunks` ranks, in buckets of about `bucket_numel` elements.
 
         Returns:
             One layout per bucket; at least one.
@@ -75,8 +78,9 @@ class SignCodec:
             residual: fp32, updated in place. For one tensor at least x.numel() elements, with a layout of several
                 tensors `layout.padded_numel`. None: nothing is added and the error is dropped.
             layout: from `plan`; None: one payload of `x` alone.
-            mask: uint8, one bit per element in the layout's block order (for one tensor: element order), little-endian. A
-                set bit takes the element out: it counts in no scale, holds no residual and decodes to 0.
+            mask: uint8, one bit per element in the layout's block order (for one tensor: element order),
+                little-endian. A set bit takes the element out: it counts in no scale, holds no residual and decodes
+                to 0.
             out: (chunks · payload_bytes,) uint8 to write to; None: a new one. Must not overlap the other arguments.
 
         Returns:
@@ -149,7 +153,8 @@ class SignCodec:
 
         Args:
             payloads: (chunks, payload_bytes) or flat, uint8, contiguous.
-            out: the contiguous tensor, or list of them, to write; rounded to its dtype. None: a new (numel,) fp32 tensor.
+            out: the contiguous tensor, or list of them, to write; rounded to its dtype. None: a new (numel,) fp32
+                tensor.
             numel: number of elements when `out` is None.
             layout, mask: as given to `encode`.
 
@@ -161,7 +166,7 @@ class SignCodec:
         """
         if out is None:
             if numel is None:
-                raise InputError("decode: give out=, the tensor to write, or numel=, the number of elements of a new one")
+                raise InputError("decode: give out=, the tensor to write, or numel=, the elements of a new one")
             out = torch.empty(_checked_numel(numel, "decode"), device=payloads.device)
         tensors = _tensors(out, "decode")
         layout = self._layout(layout, tensors, "decode")
@@ -232,7 +237,9 @@ def pack_signs(x: Tensor, out: Tensor | None = None, *, kernels: str | None = No
     return out
 
 
-def unpack_signs(bits: Tensor, out: Tensor | None = None, *, numel: int | None = None, kernels: str | None = None) -> Tensor:
+def unpack_signs(
+    bits: Tensor, out: Tensor | None = None, *, numel: int | None = None, kernels: str | None = None
+) -> Tensor:
     """Unpack signs to +1 and -1.
 
     Args:
@@ -263,7 +270,8 @@ def _tensors(x: Tensor | Sequence[Tensor], operation: str) -> Sequence[Tensor]:
     for t in tensors:
         if t.dtype not in DTYPES:
             raise InputError(
-                f"{operation}: takes float32, bfloat16 or float16, got {_name(t)} of shape {tuple(t.shape)}; convert it first"
+                f"{operation}: takes float32, bfloat16 or float16, got {_name(t)} of shape {tuple(t.shape)}; convert "
+                "it first"
             )
         if t.dtype != tensors[0].dtype:
             raise InputError(f"{operation}: tensors of one call share a dtype, got {_name(tensors[0])} and {_name(t)}")

@@ -75,7 +75,9 @@ def kernels_for(device: torch.device, name: str | None = None) -> Kernels:
     if name not in IMPLEMENTATIONS:
         raise InputError(f"no kernels are called {name!r}; there are {', '.join(map(repr, IMPLEMENTATIONS))}")
     if name == "cpu" and device.type != "cpu":
-        raise InputError(f"the 'cpu' kernels run on CPU tensors, got one on {device}; leave kernels=None to have them chosen")
+        raise InputError(
+            f"the 'cpu' kernels run on CPU tensors, got one on {device}; leave kernels=None to have them chosen"
+        )
     return _load(name)
 
 
@@ -87,7 +89,7 @@ def _load(name: str) -> Kernels:
 @functools.cache
 def _say_once(device_type: str) -> None:
     _log.warning(
-        "onebit has no compiled kernels for %s tensors here and uses the plain torch reference, which is right but many "
-        "times slower (SignCodec.kernels_on(device) tells which are used)",
+        "onebit has no compiled kernels for %s tensors here and uses the plain torch reference, which is right but "
+        "many times slower (SignCodec.kernels_on(device) tells which are used)",
         device_type,
     )

@@ -47,8 +47,8 @@ class Segment:
 class Layout:
     """The blocks of one bucket, dealt to `chunks` payloads of equal size.
 
-    Chunk k is the blocks ``[k·chunk_blocks, (k+1)·chunk_blocks)``; blocks that no segment fills are padding. A payload is
-    ``[bits | fp32 scales]``, each section starting on 16 bytes.
+    Chunk k is the blocks ``[k·chunk_blocks, (k+1)·chunk_blocks)``; blocks that no segment fills are padding. A
+    payload is ``[bits | fp32 scales]``, each section starting on 16 bytes.
 
     Attributes:
         block_size: elements per block.
@@ -151,7 +151,7 @@ class Layout:
                 yield Segment(s.tensor, s.offset + skipped, numel, start - low)
 
     def scale_groups(self, chunk: int | None = None) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield, per tensor, the blocks that share one scale: of the whole layout, or of one chunk counted from its first."""
+        """Yield, per tensor, the blocks that share one scale: of all, or of one chunk counted from its first."""
         segments: Iterable[Segment] = self.segments if chunk is None else self.chunk_segments(chunk)
         groups: dict[int, list[npt.NDArray[np.int64]]] = {}
         for s in segments:
@@ -160,8 +160,8 @@ class Layout:
         for parts in groups.values():
             yield np.concatenate(parts)
 
-    def _per_block(self, dtype: type, values: Iterable[tuple[Segment, int]]) -> Any:
-        table = np.zeros(self.blocks, dtype=dtype)
+    def _per_block(self, dtype: type, values: Iterable[tuple[Segment, int]]) -> npt.NDArray[Any]:
+        table: npt.NDArray[Any] = np.zeros(self.blocks, dtype=dtype)
         for s, value in values:
             table[s.block : s.block + ceil_div(s.numel, self.block_size)] = value
         return table
@@ -189,9 +189,7 @@ def plan(
     return _plan_blocks(numels, block_size, chunks, bucket_numel)
 
 
-def _plan_blocks(
-    numels: Sequence[int], block_size: int, chunks: int, bucket_numel: int | None
-) -> tuple[Layout, ...]:
+def _plan_blocks(numels: Sequence[int], block_size: int, chunks: int, bucket_numel: int | None) -> tuple[Layout, ...]:
     total = sum(ceil_div(n, block_size) for n in numels)
     most = total if bucket_numel is None else max(bucket_numel // block_size, chunks)
     buckets = max(ceil_div(total, most), 1) if most else 1
@@ -206,7 +204,7 @@ def _plan_blocks(
             last = min(numel, ((bucket + 1) * per_bucket - start) * block_size)
             segments[bucket].append(Segment(tensor, offset, last - offset, first - bucket * per_bucket))
         start = end
-    return tuple(_layout(parts, block_size, chunks, _chunk_blocks(parts, block_size, chunks), False) for parts in segments)
+    return tuple(_layout(s, block_size, chunks, _chunk_blocks(s, block_size, chunks), False) for s in segments)
 
 
 def _chunk_blocks(segments: Sequence[Segment], block_size: int, chunks: int) -> int:

@@ -30,7 +30,8 @@ def pack_mask(masks: Sequence[Tensor], layout: Layout) -> Tensor | None:
         mask = masks[s.tensor]
         if mask.dtype != torch.bool or mask.numel() < s.offset + s.numel:
             raise InputError(
-                f"a mask is a bool tensor of its tensor's size; mask {s.tensor} is {mask.dtype} with {mask.numel()} elements"
+                f"a mask is a bool tensor of its tensor's size; mask {s.tensor} is {mask.dtype} with {mask.numel()} "
+                "elements"
             )
         bits[layout.residual_span(s)] = mask.reshape(-1)[s.offset : s.offset + s.numel]
     return pack_bits(bits) if bool(bits.any()) else None

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from onebit.compress.layout import Layout, Segment, ceil_div
 
 name = "reference"
+
+Groups = Iterable[npt.NDArray[np.int64]]  # per group the blocks that share one scale
 
 LANES = 128  # a sum runs down rows of 128 elements, then over the 128 partial sums
 RESCUE = 2.0**-96  # exact factor for a second sum of values whose plain sum overflows fp32
@@ -32,7 +36,13 @@ def encode(
 
 @torch.no_grad()
 def reduce_encode(
-    payloads: Tensor, residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout, chunk: int, squared: bool
+    payloads: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    layout: Layout,
+    chunk: int,
+    squared: bool,
 ) -> None:
     """Write the payload of the mean of `payloads` (ranks, payload_bytes), all of `chunk`, to `out`."""
     ranks = payloads.shape[0]
@@ -116,9 +126,7 @@ def scales_from_sums(sums: Tensor, rescued: Tensor, counts: Tensor, squared: boo
     return torch.where(counts == 0, 0.0, torch.where(sums.isfinite(), plain, large))
 
 
-def shared_scales(
-    sums: Tensor, rescued: Tensor, counts: Tensor, groups: Iterable[Sequence[int]], squared: bool
-) -> Tensor:
+def shared_scales(sums: Tensor, rescued: Tensor, counts: Tensor, groups: Groups, squared: bool) -> Tensor:
     """Give all blocks of a group the scale of their union; arguments as for `scales_from_sums`, one entry a block."""
     scales = torch.zeros_like(sums)
     for group in groups:
@@ -137,7 +145,7 @@ def _quantize(
     out: Tensor,
     layout: Layout,
     squared: bool,
-    groups: Iterable[Sequence[int]] | None,
+    groups: Groups | None,
 ) -> None:
     """Finish encode and reduce_encode: `values` is flat and padded, `real` (blocks, block_size) bool."""
     blocks = real.shape[0]

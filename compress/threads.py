@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 from onebit.compress.errors import InputError
 from onebit.compress.launch_env import local_world_size
@@ -18,9 +19,9 @@ _lock = threading.Lock()
 def num_threads() -> int:
     """Threads that a CPU kernel of this process uses.
 
-    What `set_num_threads` or the variable ``ONEBIT_NUM_THREADS`` says; otherwise the cores this process may run on, divided
-    by the number of ranks on this machine as the launcher tells it (``LOCAL_WORLD_SIZE`` of torchrun and its like in Open
-    MPI, MPICH and Slurm), at least 1. ``OMP_NUM_THREADS`` is not looked at: torchrun sets it to 1.
+    What `set_num_threads` or the variable ``ONEBIT_NUM_THREADS`` says; otherwise the cores this process may run on,
+    divided by the number of ranks on this machine as the launcher tells it (``LOCAL_WORLD_SIZE`` of torchrun and its
+    like in Open MPI, MPICH and Slurm), at least 1. ``OMP_NUM_THREADS`` is not looked at: torchrun sets it to 1.
     """
     if _chosen is not None:
         return _chosen
@@ -49,10 +50,7 @@ def share_out(kernel: Callable[..., None], total: int, least: int, *arguments: i
         return
     parts = max(min(num_threads(), total // least), 1)
     bounds = [total * part // parts for part in range(parts + 1)]
-    others = [
-        _executor().submit(kernel, first, last, *arguments)
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
-    ]
+    others = [_executor().submit(kernel, first, last, *arguments) for first, last in pairwise(bounds[1:])]
     kernel(bounds[0], bounds[1], *arguments)
     for other in others:
         other.result()

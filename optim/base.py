@@ -1,4 +1,4 @@
-"""What the compressed optimizers share: when ranks meet, in which order, and that a step is made wholly or not at all."""
+"""What the compressed optimizers share: when ranks meet, in which order, and that a step is whole or not made."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ VERSION = 1
 class CompressedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that average over ranks by themselves; gradients given to `step` are this rank's own.
 
-    The collectives of a step depend only on the parameter lists and on each group's step count, never on which gradients
-    are None, so ranks with different unused parameters cannot block each other. A step with a non-finite number on any rank
-    is skipped by all: parameters and moments stay as they are, error feedback is put back to within rounding, and the
-    step is not counted.
+    The collectives of a step depend only on the parameter lists and on each group's step count, never on which
+    gradients are None, so ranks with different unused parameters cannot block each other. A step with a non-finite
+    number on any rank is skipped by all: parameters and moments stay as they are, error feedback is put back to within
+    rounding, and the step is not counted.
 
     Attributes:
         skipped_steps: steps skipped because some rank had a non-finite number.
@@ -46,8 +46,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._bucket_mb = check_bucket_mb(bucket_mb)
         self._codec = SignCodec() if codec is None else codec
-        # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process group
-        # is often made after the optimizer.
+        # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process
+        # group is often made after the optimizer.
         self._spec = backend
         self._backend: Backend | None = None if backend is None else make_backend(backend)
         self._reducers: list[GroupReducers] = []
@@ -93,7 +93,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._agreed = False
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Average and update; collective: every rank must call it, also one without gradients.
 
         Args:
@@ -130,7 +130,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
             for exchange in exchanges:
                 exchange.undo()
             self.skipped_steps += 1
-            _log.warning("rank %d: step skipped, some rank has a non-finite gradient (%d so far)", self.backend.rank, self.skipped_steps)
+            _log.warning(
+                "rank %d: step skipped, some rank has a non-finite gradient (%d so far)",
+                self.backend.rank,
+                self.skipped_steps,
+            )
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,14 +188,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
         devices = {p.device for p in group["params"]}
         if len(devices) > 1:
             raise InputError(
-                f"{type(self).__name__}: the parameters of a group are on {' and '.join(sorted(map(str, devices)))}; give "
-                "each device a group of its own"
+                f"{type(self).__name__}: the parameters of a group are on {' and '.join(sorted(map(str, devices)))}; "
+                "give each device a group of its own"
             )
         for index, p in enumerate(group["params"]):
             if p.dtype not in DTYPES or p.layout != torch.strided:
                 raise InputError(
-                    f"{type(self).__name__}: parameter {index} must be dense float32, bfloat16 or float16, got {describe(p)} "
-                    f"with layout {p.layout}; leave it out or convert it"
+                    f"{type(self).__name__}: parameter {index} must be dense float32, bfloat16 or float16, got "
+                    f"{describe(p)} with layout {p.layout}; leave it out or convert it"
                 )
 
     def _check_gradients(self) -> None:
@@ -199,8 +203,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise InputError(
-                        f"{type(self).__name__}: the gradient of parameter {index}, {describe(p)}, is sparse; use dense "
-                        "gradients (sparse=False in nn.Embedding)"
+                        f"{type(self).__name__}: the gradient of parameter {index}, {describe(p)}, is sparse; use "
+                        "dense gradients (sparse=False in nn.Embedding)"
                     )
 
     def _agree(self) -> None:
@@ -224,7 +228,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 facts[f"parameter {i} of group {g}"] = describe(p)
         for g, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                facts[f"the values of parameter {i} of group {g} (onebit.comm.broadcast makes them equal)"] = checksum(p)
+                name = f"the values of parameter {i} of group {g} (onebit.comm.broadcast makes them equal)"
+                facts[name] = checksum(p)
         return facts
 
     def _restore_fp32_state(self, state_dict: Mapping[str, Any]) -> None:
@@ -233,7 +238,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, own, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.dtype == torch.float32 and self.state[p][key].dtype != torch.float32:
+                was_fp32 = isinstance(value, Tensor) and value.dtype == torch.float32
+                if was_fp32 and self.state[p][key].dtype != torch.float32:
                     self.state[p][key] = value.to(p.device, copy=True)
 
 

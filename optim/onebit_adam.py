@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from onebit.comm import CompressedWork
 from onebit.comm.allreduce import DEFAULT_BUCKET_MB
 from onebit.comm.tensors import all_finite
-from onebit.compress import InputError, SignCodec
+from onebit.compress import SignCodec
 from onebit.optim.base import CompressedOptimizer
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.options import check_adam_options, check_freeze_step
@@ -30,9 +30,9 @@ class OnebitAdam(CompressedOptimizer):
     `CompressedAllreduce`:  m = C(β₁·m + (1-β₁)·g),  x -= lr·(m / (1-β₁ᵗ)) / (√(v_T / (1-β₂ᵀ)) + ε).
     Algorithm: Tang et al. 2021, arXiv 2102.02888. Do not average gradients yourself and do not wrap the model in DDP.
 
-    An entry whose variance is 0 at the freeze is dead: its update, momentum and error feedback stay 0. A parameter that had
-    no gradient on any rank during warm-up is left alone for good. After the freeze a gradient that is None counts as zero.
-    With one rank nothing is compressed.
+    An entry whose variance is 0 at the freeze is dead: its update, momentum and error feedback stay 0. A parameter
+    that had no gradient on any rank during warm-up is left alone for good. After the freeze a gradient that is None
+    counts as zero. With one rank nothing is compressed.
 
     Args:
         params: as for any torch optimizer; fp32, bf16 or fp16, with the same start on every rank. Moments are fp32.
@@ -152,8 +152,8 @@ class _Compressed:
         late = [i for i, p in enumerate(group["params"]) if p.grad is not None and "exp_avg" not in optimizer.state[p]]
         if late and reducers.first_warning():
             _log.warning(
-                "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them and "
-                "they are not updated; give them to add_param_group, where they make a warm-up of their own",
+                "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them "
+                "and they are not updated; give them to add_param_group, where they make a warm-up of their own",
                 optimizer.backend.rank,
                 late,
             )

@@ -33,8 +33,8 @@ def check_freeze_step(owner: str, freeze_step: Any) -> None:
     """Raise InputError unless it is an int of at least 1."""
     if type(freeze_step) is not int or freeze_step < 1:
         raise InputError(
-            f"{owner}: freeze_step must be an int of at least 1, the number of warm-up steps, got {freeze_step!r}; 15 to "
-            "25 % of all steps is usual"
+            f"{owner}: freeze_step must be an int of at least 1, the number of warm-up steps, got {freeze_step!r}; 15 "
+            "to 25 % of all steps is usual"
         )
 
 

@@ -1,4 +1,4 @@
-"""Compiles a kernel on first use, once per machine: the result is cached on disk under a key of sources and versions."""
+"""Compiles a kernel on first use, once per machine: it is cached on disk under a key of sources and versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numba
 from numba import int64, njit, void

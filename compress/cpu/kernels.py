@@ -1,16 +1,16 @@
 """The loops over blocks: each takes a range of blocks, so that any number of threads can share one call.
 
-Addresses are int64. `tables` are the layout's: which tensor, offset and count a block has; `bases` the tensors' addresses.
-Plain functions here; `build.py` compiles them when first used.
+Addresses are int64. `tables` are the layout's: which tensor, offset and count a block has; `bases` the tensors'
+addresses. Plain functions here; `build.py` compiles them when first used.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
 from onebit.compress.cpu import simd
 from onebit.compress.cpu.block import (
     F32,
-    WORD,
     add_residual,
     block_scale,
     block_sum,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from onebit.compress.cpu import kernels
 from onebit.compress.cpu.block import BF16, F16, F32
 from onebit.compress.cpu.build import compile_kernel
 from onebit.compress.layout import Layout, ceil_div
+from onebit.compress.reference import Groups
 from onebit.compress.threads import share_out
 
 name = "cpu"
@@ -64,7 +65,13 @@ def encode(
 
 
 def reduce_encode(
-    payloads: Tensor, residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout, chunk: int, squared: bool
+    payloads: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    layout: Layout,
+    chunk: int,
+    squared: bool,
 ) -> None:
     """As `reference.reduce_encode`."""
     first = chunk * layout.chunk_blocks
@@ -134,13 +141,13 @@ def unpack_signs(bits: Tensor, out: Tensor) -> None:
     _run(kernels.unpack_words, words, 32, bits.data_ptr(), out.data_ptr(), _code([out]), out.numel())
 
 
-def _run(kernel: object, items: int, elements_per_item: int, *arguments: int) -> None:
+def _run(kernel: Callable[..., None], items: int, elements_per_item: int, *arguments: int) -> None:
     least = ceil_div(LEAST_ELEMENTS, elements_per_item)
-    share_out(_compiled(kernel), items, least, *arguments)  # type: ignore[arg-type]
+    share_out(_compiled(kernel), items, least, *arguments)
 
 
 def _write_shared_scales(
-    payloads: Tensor, sums: npt.NDArray[np.float32], layout: Layout, groups: Iterable[Sequence[int]], squared: bool
+    payloads: Tensor, sums: npt.NDArray[np.float32], layout: Layout, groups: Groups, squared: bool
 ) -> None:
     counts = torch.from_numpy(sums[:, 2].copy().view(np.int32))
     plain, rescued = torch.from_numpy(sums[:, 0].copy()), torch.from_numpy(sums[:, 1].copy())

@@ -1,7 +1,7 @@
 """Vectors of 32 lanes for Numba: a comparison of 32 floats becomes one 32-bit word, as in a warp of a GPU.
 
-Every operation is a few instructions of LLVM's vector IR, so the kernels built from them run as fast on AVX2, AVX-512 or
-NEON as the target allows. Addresses are int64; alignment is not required unless said.
+Every operation is a few instructions of LLVM's vector IR, so the kernels built from them run as fast on AVX2, AVX-512
+or NEON as the target allows. Addresses are int64; alignment is not required unless said.
 """
 
 from __future__ import annotations
