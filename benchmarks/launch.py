@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+
+from onebit.benchmarks.signals import held_signals
 
 GRACE = 10.0  # seconds that the other ranks have to end by themselves once one has failed
 
@@ -52,7 +53,7 @@ def launch(hosts: Sequence[Host], arguments: Sequence[str]) -> None:
     Raises:
         RankError: a rank failed; the others have been ended.
     """
-    with tempfile.TemporaryDirectory(prefix="onebit-") as folder, ending_on_signals():
+    with tempfile.TemporaryDirectory(prefix="onebit-") as folder, held_signals() as release:
         meeting = f"--init_method=file://{Path(folder) / 'meeting'}"
         own = [sys.executable, "-m", "onebit.benchmarks", "--backend=gloo", meeting, *arguments]
         processes: list[subprocess.Popen[bytes]] = []
@@ -61,7 +62,7 @@ def launch(hosts: Sequence[Host], arguments: Sequence[str]) -> None:
                 environment = {**os.environ, **host.environment, **_rank_variables(rank, len(hosts))}
                 command = [*host.prefix, *own, *host.arguments]
                 processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
-            _wait(processes)
+            _wait(processes, release)
         finally:
             for process in processes:
                 _end(process)
@@ -71,25 +72,21 @@ def _rank_variables(rank: int, size: int) -> dict[str, str]:
     return {"RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_RANK": f"{rank}", "LOCAL_WORLD_SIZE": f"{size}"}
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], release: Callable[[], None]) -> None:
     """Return when all have ended well; raise `RankError` for the first that has not, after a grace for its peers."""
+    first: RankError | None = None
+    deadline = math.inf
     while True:
+        release()
         states = [process.poll() for process in processes]
-        failed = [(rank, state) for rank, state in enumerate(states) if state]
-        if failed:
-            _await_peers(processes)
-            raise RankError(*failed[0])
-        if None not in states:
-            return
+        if first is None and any(states):
+            first = next(RankError(rank, state) for rank, state in enumerate(states) if state)
+            deadline = time.monotonic() + GRACE
+        if None not in states or time.monotonic() > deadline:
+            break
         time.sleep(0.05)
-
-
-def _await_peers(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Give the others time to report the failure themselves."""
-    deadline = time.monotonic() + GRACE
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
+    if first is not None:
+        raise first
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -97,18 +94,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-@contextlib.contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exception inside the block, so that `finally` clauses run."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

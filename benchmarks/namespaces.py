@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from onebit.benchmarks.launch import ending_on_signals
+from onebit.benchmarks.signals import held_signals
 
 MISSING, FORBIDDEN = 69, 77  # exit statuses: sysexits' EX_UNAVAILABLE and EX_NOPERM
 TOOLS = ("ip", "tc")
@@ -52,11 +52,12 @@ def shaped_pair(rate: str) -> Iterator[tuple[Namespace, Namespace]]:
     _require_tools()
     tag = secrets.token_hex(3)
     ends = tuple(Namespace(f"onebit-{tag}-{i}", f"ob{tag}v{i}", f"{NETWORK}.{i + 1}") for i in range(2))
-    with ending_on_signals():
+    with held_signals() as release:
         try:
             _connect(ends[0], ends[1])
             for end in ends:
                 _shape(end, rate)
+            release()
             yield ends[0], ends[1]
         finally:
             for end in ends:
