@@ -57,7 +57,7 @@ def test_every_package_says_that_it_is_typed(wheel: Path) -> None:
     assert {f"onebit/{package}/py.typed" for package in PACKAGES} <= set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_the_wheel_needs_no_more_than_it_must_and_carries_its_licence(wheel: Path) -> None:
+def test_the_wheel_needs_no_more_than_it_must_and_carries_readme_and_licence(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     fields = email.message_from_bytes(archive.read(metadata))
@@ -65,6 +65,7 @@ def test_the_wheel_needs_no_more_than_it_must_and_carries_its_licence(wheel: Pat
     assert required == {"torch", "numpy", "numba"}
     assert {"cuda12", "cuda13", "mpi", "bench"} <= set(fields.get_all("Provides-Extra", []))
     assert fields["License-Expression"] == "Apache-2.0"
+    assert fields["Description-Content-Type"] == "text/markdown"
     assert metadata.replace("METADATA", "licenses/LICENSE") in archive.namelist()
 
 
