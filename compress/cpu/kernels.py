@@ -2,6 +2,8 @@
 
 Addresses are int64. `tables` are the layout's: which tensor, offset and count a block has; `bases` the tensors'
 addresses. Plain functions here; `build.py` compiles them when first used.
+
+Numba frees an array after its last use, and an address taken from it is no use: each `scratch` has one after the loop.
 """
 
 from __future__ import annotations
@@ -82,6 +84,7 @@ def encode_blocks(
         add_residual(c, r, n, words, m)
         bits, scale = payload + block_size // 8 * index, payload + bits_bytes + 4 * index
         _finish(c, r, bits, scale, n, words, m, squared, stage, sums + 12 * block)
+    scratch[0] = 0.0  # the last use
 
 
 def reduce_encode_blocks(
@@ -116,6 +119,7 @@ def reduce_encode_blocks(
         load_mean(c, payloads + bits, payload_bytes, shares, ranks, words)
         add_residual(c, r, n, words, m)
         _finish(c, r, out + bits, out + scale, n, words, m, squared, stage, sums + 12 * block)
+    scratch[0] = 0.0  # the last use
 
 
 def decode_blocks(
@@ -166,6 +170,7 @@ def pack_words(first: int, last: int, x: int, dtype: int, n: int, out: int) -> N
             simd.put_word(c, np.uint32(bits & np.uint32((1 << left) - 1)))
             for byte in range((left + 7) >> 3):
                 simd.copy_byte(out + 4 * word + byte, c + byte)
+    scratch[0] = 0.0  # the last use
 
 
 def unpack_words(first: int, last: int, bits: int, x: int, dtype: int, n: int) -> None:
@@ -181,3 +186,4 @@ def unpack_words(first: int, last: int, bits: int, x: int, dtype: int, n: int) -
             write_f32(x + size * 32 * word, c, _ONE, left, 0, False)
         else:
             write_16(x + size * 32 * word, c, _ONE, dtype, left, 0, False)
+    scratch[0] = 0.0  # the last use
