@@ -308,10 +308,11 @@ def _payload_rows(payloads: Tensor, payload_bytes: int, operation: str) -> Tenso
 
 
 def _check_aligned(payloads: Tensor, operation: str) -> None:
-    if payloads.data_ptr() % ALIGNMENT:
+    past = payloads.data_ptr() % ALIGNMENT
+    if past:
         raise InputError(
-            f"{operation}: payloads start on a multiple of {ALIGNMENT} bytes, got an address {payloads.data_ptr() % ALIGNMENT} "
-            "bytes past one; clone() the tensor, or slice it at a multiple"
+            f"{operation}: payloads start on a multiple of {ALIGNMENT} bytes, got an address {past} bytes past one; "
+            "clone() the tensor, or slice it at a multiple"
         )
 
 

@@ -175,7 +175,7 @@ def _quantize(
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round fp32 values; a NaN keeps its sign, where torch's own conversion to bf16 has one of two other bit patterns."""
+    """Round fp32 values; a NaN keeps its sign, where torch's own conversion to bf16 has one of two other patterns."""
     if dtype != torch.bfloat16:
         return values.to(dtype)
     truncated = (values.view(torch.int32) >> 16).to(torch.int16).view(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 
 from onebit.compress.errors import InputError
@@ -51,7 +51,10 @@ def share_out(kernel: Callable[..., None], total: int, least: int, *arguments: i
     parts = max(min(num_threads(), total // least), 1)
     bounds = [total * part // parts for part in range(parts + 1)]
     others = [_executor().submit(kernel, first, last, *arguments) for first, last in pairwise(bounds[1:])]
-    kernel(bounds[0], bounds[1], *arguments)
+    try:
+        kernel(bounds[0], bounds[1], *arguments)
+    finally:  # after an interrupt, too: the caller lets go of the arrays that the others still write to
+        wait(others)
     for other in others:
         other.result()
 
