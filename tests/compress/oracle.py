@@ -1,7 +1,7 @@
 """What the codec must give, block by block in float64 NumPy: written from the design, not from the code.
 
-A check takes the fp32 scale that came, compares it with the float64 one within a derived bound, and from then on demands
-every bit: signs do not depend on the scale, and the residual is c - s·sign(c), one fp32 operation.
+A check compares the fp32 scale that came with the float64 one, within a derived bound, and then demands every bit:
+signs do not depend on the scale, and the residual is c - s·sign(c), one fp32 operation.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def encode(
 def reduce_encode(
     payloads: Sequence[Bytes], residual: Floats | None, mask: Bools | None, shape: Geometry, chunk: int, scale: str
 ) -> Expected:
-    """`residual` and `mask` are those of the chunk. The mean is the sum in the order of the ranks of ± (scale / ranks)."""
+    """`residual` and `mask` are those of the chunk; the mean is the sum, rank after rank, of ± (scale / ranks)."""
     mean: Floats | None = None
     for payload in payloads:
         bits, scales = parse(payload, shape, 1)
@@ -224,14 +224,14 @@ def _scale(values: npt.NDArray[np.float64], scale: str) -> float:
 def _slack(scale: float, kind: str, block_size: int, blocks: int) -> float:
     """How far an fp32 scale may be from the exact one.
 
-    A sum adds rows of 128 values one after the other and then 128 partial sums in 7 levels, so no value passes more than
-    rows + 7 roundings; block sums are added the same way where a tensor has one scale. All terms are positive, so
-    each rounding is a relative error of UNIT of the whole at most. The mean adds a division. The root mean square adds a
-    product before, and takes a root, which halves what came so far and rounds once more.
+    A sum adds rows of 128 values one after the other and then 128 partial sums in 7 levels, so no value passes more
+    than rows + 7 roundings; block sums are added the same way where a tensor has one scale. All terms are positive, so
+    each rounding is a relative error of UNIT of the whole at most. The mean adds a division. The root mean square adds
+    a product before, and takes a root, which halves what came so far and rounds once more.
 
-    fp32 sums of small numbers are exact, but a quotient may land among the denormal numbers (off by SMALLEST / 2), and so
-    may products: the mean square is then off by SMALLEST at most, its root by the root of that. The second sum of values
-    whose plain sum overflows scales by a power of two, which is exact for all that is not negligible.
+    fp32 sums of small numbers are exact, but a quotient may land among the denormal numbers (off by SMALLEST / 2), and
+    so may products: the mean square is then off by SMALLEST at most, its root by the root of that. The second sum of
+    values whose plain sum overflows scales by a power of two, which is exact for all that is not negligible.
     """
     roundings = math.ceil(block_size / 128) + 7 + (math.ceil(blocks / 128) + 7 if blocks > 1 else 0) + 1
     if kind == "mean":

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from onebit.compress import Layout, SignCodec
-from onebit.compress.kernels import DTYPES, IMPLEMENTATIONS
 from torch import Tensor
 
+from onebit.compress import Layout, SignCodec
+from onebit.compress.kernels import DTYPES, IMPLEMENTATIONS
 from tests.compress import oracle
 
 KERNELS = tuple(IMPLEMENTATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from onebit.compress import Layout, SignCodec, pack_signs, set_num_threads, unpack_signs
-from onebit.compress.kernels import DTYPES, IMPLEMENTATIONS, OPERATORS
 from torch import Tensor
 
+from onebit.compress import Layout, SignCodec, pack_signs, set_num_threads, unpack_signs
+from onebit.compress.kernels import DTYPES, IMPLEMENTATIONS, OPERATORS
 from tests.compress import oracle, samples
 
 LEFT_OVER = 0xA5  # what a buffer held before it was written
@@ -37,7 +38,7 @@ class Case(NamedTuple):
         )
 
     def codec(self, kernels: str | None = None) -> SignCodec:
-        return SignCodec(block_size=self.block_size, scale=self.scale, kernels=kernels or self.kernels)  # type: ignore[arg-type]
+        return SignCodec(block_size=self.block_size, scale=self.scale, kernels=kernels or self.kernels)
 
 
 # Operator: which columns of the table matter to it.
@@ -156,7 +157,7 @@ def check_unpack_signs(case: Case) -> None:
 
 
 def assert_same_numbers(a: Tensor, b: Tensor) -> None:
-    """Bit for bit, -0.0 apart from 0.0, but one NaN is as good as another: how a NaN is rounded is the platform's affair."""
+    """Bit for bit, -0.0 apart from 0.0, but one NaN is as good as another."""
     assert a.dtype == b.dtype
     assert torch.equal(a.isnan(), b.isnan())
     words = torch.int32 if a.dtype == torch.float32 else torch.int16
@@ -244,7 +245,7 @@ def test_large_outputs_that_are_written_past_the_cache_are_right(dtype: torch.dt
 @pytest.mark.parametrize("kernels", samples.KERNELS)
 def test_a_tensor_of_one_element_comes_back_exactly(kernels: str) -> None:
     for block_size, scale in itertools.product(samples.BLOCK_SIZES, ("mean", "rms")):
-        codec, residual = SignCodec(block_size=block_size, scale=scale, kernels=kernels), torch.zeros(1)  # type: ignore[arg-type]
+        codec, residual = SignCodec(block_size=block_size, scale=scale, kernels=kernels), torch.zeros(1)
         back = codec.decode(codec.encode(torch.tensor([1.0]), residual), numel=1)
         assert isinstance(back, Tensor)
         assert back.tolist() == [1.0], "padding was counted"
@@ -259,11 +260,23 @@ def test_zero_and_minus_zero_are_plus_and_nan_is_minus(kernels: str) -> None:
     assert payload[0].item() == 0b01010011
 
 
+@pytest.mark.parametrize("numel", [64, 40])
+def test_a_mean_of_minus_zeros_is_minus_zero_in_all_implementations(numel: int) -> None:
+    def residual_after(kernels: str) -> bytes:
+        codec, residual = SignCodec(block_size=32, kernels=kernels), torch.full((numel,), -0.0)
+        (layout,) = codec.plan([numel])
+        nothing = torch.zeros(2, layout.payload_bytes, dtype=torch.uint8)  # scale 0 and sign -, twice
+        assert codec.reduce_encode(nothing, residual, layout=layout)[0] == 0xFF, "-0.0 is +"
+        return samples.as_bytes(residual)
+
+    assert {residual_after(kernels) for kernels in samples.KERNELS} == {samples.as_bytes(torch.full((numel,), -0.0))}
+
+
 @pytest.mark.parametrize("kernels", samples.KERNELS)
 @pytest.mark.parametrize("poison", samples.NON_FINITE)
 @pytest.mark.parametrize("scale", ["mean", "rms"])
 def test_a_non_finite_element_spoils_its_block_and_no_other(kernels: str, poison: float, scale: str) -> None:
-    codec = SignCodec(block_size=64, scale=scale, kernels=kernels)  # type: ignore[arg-type]
+    codec = SignCodec(block_size=64, scale=scale, kernels=kernels)
     x, residual = torch.randn(200), torch.randn(200)
     x[70] = poison
     before = residual.clone()
@@ -312,7 +325,7 @@ def test_a_nan_in_the_residual_or_in_one_ranks_scale_reaches_everybody(kernels: 
 @pytest.mark.parametrize("block_size", [1024, None])
 def test_huge_values_whose_sum_overflows_have_a_finite_scale(kernels: str, scale: str, block_size: int | None) -> None:
     largest = torch.finfo(torch.float32).max
-    codec = SignCodec(block_size=block_size, scale=scale, kernels=kernels)  # type: ignore[arg-type]
+    codec = SignCodec(block_size=block_size, scale=scale, kernels=kernels)
     residual = torch.zeros(5000)
     back = codec.decode(codec.encode(torch.full((5000,), -largest), residual), numel=5000)
     assert isinstance(back, Tensor)
@@ -399,7 +412,7 @@ def test_the_mean_scale_contracts_on_99_percent_zeros_and_the_root_mean_square_d
 
     def relative_error(scale: str) -> float:
         residual = torch.zeros_like(x)
-        SignCodec(block_size=None, scale=scale).encode(x, residual)  # type: ignore[arg-type]
+        SignCodec(block_size=None, scale=scale).encode(x, residual)
         return float((residual.double().square().sum() / x.double().square().sum()).item())
 
     # Of normal numbers with probability p: mean |c| = p·√(2/π), mean square = p, so the error is 1 - 2p/π = 0.9936 for
@@ -493,7 +506,9 @@ def parts(layouts: tuple[Layout, ...], payloads: list[Tensor], residuals: list[T
     order=st.randoms(use_true_random=False),
     seed=st.integers(0, 99),
 )
-def test_bucket_size_neighbours_and_order_change_no_bit(codec, numels, chunks, bucket_numel, order, seed) -> None:  # type: ignore[no-untyped-def]
+def test_bucket_size_neighbours_and_order_change_no_bit(
+    codec: SignCodec, numels: list[int], chunks: int, bucket_numel: int | None, order: random.Random, seed: int
+) -> None:
     xs = samples.tensors(numels, torch.float32, seed)
     old = [torch.randn(n, generator=torch.Generator().manual_seed(seed)) for n in numels]
     places = list(range(len(xs)))
@@ -523,8 +538,8 @@ def test_bucket_size_neighbours_and_order_change_no_bit(codec, numels, chunks, b
     order=st.randoms(use_true_random=False),
     seed=st.integers(0, 99),
 )
-def test_the_mean_over_ranks_does_not_depend_on_buckets_neighbours_or_order(  # type: ignore[no-untyped-def]
-    codec, numels, ranks, bucket_numel, order, seed
+def test_the_mean_over_ranks_does_not_depend_on_buckets_neighbours_or_order(
+    codec: SignCodec, numels: list[int], ranks: int, bucket_numel: int | None, order: random.Random, seed: int
 ) -> None:
     """For a given number of ranks: a scale per tensor is one of the part that a rank averages."""
     of_ranks = [samples.tensors(numels, torch.float32, seed + rank) for rank in range(ranks)]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from onebit.compress import Layout, SignCodec, pack_signs, unpack_signs
-from onebit.compress.kernels import DTYPES
 from torch import Tensor
 
+from onebit.compress import Layout, SignCodec, pack_signs, unpack_signs
+from onebit.compress.kernels import DTYPES
 from tests.compress import oracle, samples
 
 dtypes = st.sampled_from(DTYPES)
@@ -134,8 +134,8 @@ def test_input_plus_old_residual_is_output_plus_new_residual(problem: Problem) -
     spoilt = said.isnan()  # c overflowed fp32
     x = problem.padded(problem.xs) * live
     lost = torch.where(spoilt | ~live, 0.0, x + old - said - new.double())
-    # c = x + residual is rounded once and so is c - s·sign(c): half a unit in the last place each. Sums and differences of
-    # fp32 numbers are never rounded among the denormal ones.
+    # c = x + residual is rounded once and so is c - s·sign(c): half a unit in the last place each. Sums and differences
+    # of fp32 numbers are never rounded among the denormal ones.
     allowed = oracle.UNIT * ((x + old).abs() + (x + old).abs() + said.abs())
     assert (lost.abs() <= torch.where(spoilt, torch.inf, allowed)).all()
     assert not said[~live & ~spoilt].any(), "masked elements decode to 0"
@@ -216,7 +216,7 @@ def test_the_mean_is_within_rounding_of_the_mean_in_float64(kernels: str, seed: 
     residual = torch.zeros(500)
     said = codec.decode(codec.reduce_encode(payloads, residual, numel=500), numel=500)
     assert isinstance(said, Tensor)
-    # Per rank a division and an addition, then the residual's own rounding: each half a unit in the last place of a number
-    # no larger than the sum of the scales.
+    # Per rank a division and an addition, then the residual's own rounding: each half a unit in the last place of a
+    # number no larger than the sum of the scales.
     allowed = (2 * ranks + 1) * oracle.UNIT * decoded.abs().sum(0)
     assert ((said.double() + residual.double() - decoded.mean(0)).abs() <= allowed).all()
