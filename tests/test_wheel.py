@@ -30,7 +30,7 @@ def source_files() -> set[str]:
         f"onebit/{path.relative_to(ROOT).as_posix()}"
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in SHIPPED or path.name == "py.typed"
+        if (path.suffix in SHIPPED or path.name == "py.typed") and not path.name.startswith(".")
     }
 
 
