@@ -8,11 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from onebit.comm.errors import BackendError, TransportError
 
 DEFAULT_TIMEOUT = 300.0  # seconds; long enough for a slow first step, short enough to find a dead rank the same day
+
+# What every transport can sum; the other collectives move bytes and take any dtype.
+SUMMABLE = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.int8, torch.uint8, torch.int32, torch.int64),
+)
 
 
 class Handle(Protocol):
@@ -60,9 +67,9 @@ class Work:
         """
         if self._handle is None:
             return
-        handle, self._handle = self._handle, None
         with self._backend.guard(self._operation):
-            handle.wait(self._backend.timeout)
+            self._handle.wait(self._backend.timeout)
+        self._handle = None  # not before: a wait that failed fails again
 
 
 class Guard:
@@ -124,7 +131,7 @@ class Backend(ABC):
                 f"got {input.numel()} and {output.numel()} elements"
             )
         sent = _nbytes(input) // self.size * (self.size - 1)
-        return self._start("all_to_all", sent, lambda: self._all_to_all(output, input))
+        return self._start("all_to_all", input, sent, lambda: self._all_to_all(output, input))
 
     def all_gather(self, output: Tensor, input: Tensor) -> Work:
         """Start gathering every rank's `input`, in rank order, into `output` on every rank.
@@ -144,21 +151,25 @@ class Backend(ABC):
                 f"{input.numel() * self.size}, got {output.numel()}"
             )
         sent = _nbytes(input) * (self.size - 1)
-        return self._start("all_gather", sent, lambda: self._all_gather(output, input))
+        return self._start("all_gather", input, sent, lambda: self._all_gather(output, input))
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Start summing `tensor` over all ranks in place; every rank gets the same bits.
 
         Args:
-            tensor: (k,) contiguous; overwritten by the sum.
+            tensor: (k,) of a dtype in `SUMMABLE`, contiguous; overwritten by the sum. Integer sums must fit the dtype,
+                for transports differ in whether they wrap or saturate.
 
         Raises:
-            BackendError: wrong device or layout.
+            BackendError: wrong device, layout or dtype.
             TransportError: the transport refused to start.
         """
         self._check("all_reduce", tensor)
+        if tensor.dtype not in SUMMABLE:
+            names = ", ".join(_dtype(dtype) for dtype in SUMMABLE)
+            raise BackendError(f"rank {self.rank}: all_reduce sums {names}; got {_shape(tensor)}")
         sent = 2 * (self.size - 1) * _nbytes(tensor) // self.size
-        return self._start("all_reduce", sent, lambda: self._all_reduce(tensor))
+        return self._start("all_reduce", tensor, sent, lambda: self._all_reduce(tensor))
 
     def barrier(self) -> None:
         """Return when every rank has called it; TransportError after the timeout."""
@@ -171,23 +182,25 @@ class Backend(ABC):
 
     @abstractmethod
     def _all_to_all(self, output: Tensor, input: Tensor) -> Handle | None:
-        """Start it; None when it is complete on return."""
+        """Start it, for at least one element; None when it is complete on return."""
 
     @abstractmethod
     def _all_gather(self, output: Tensor, input: Tensor) -> Handle | None:
-        """Start it; None when it is complete on return."""
+        """Start it, for at least one element; None when it is complete on return."""
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor) -> Handle | None:
-        """Start it; None when it is complete on return."""
+        """Start it, for at least one element; None when it is complete on return."""
 
     @abstractmethod
     def _barrier(self) -> None:
         """Block until every rank is here, at most `self.timeout` seconds."""
 
-    def _start(self, operation: str, wire_bytes: int, start: Callable[[], Handle | None]) -> Work:
-        with self.guard(operation):
-            handle = start()
+    def _start(self, operation: str, tensor: Tensor, wire_bytes: int, start: Callable[[], Handle | None]) -> Work:
+        handle = None
+        if tensor.numel():  # sizes agree on all ranks, so all of them leave an empty collective out
+            with self.guard(operation):
+                handle = start()
         self.traffic.add(wire_bytes)
         return Work(self, operation, handle)
 
@@ -215,4 +228,8 @@ def _nbytes(tensor: Tensor) -> int:
 
 def _shape(tensor: Tensor) -> str:
     layout = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, {layout}"
+    return f"{tuple(tensor.shape)} {_dtype(tensor.dtype)} on {tensor.device}, {layout}"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

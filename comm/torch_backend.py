@@ -1,0 +1,125 @@
+"""Transports over a torch.distributed process group: Gloo for CPU tensors, NCCL for CUDA tensors."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, BarrierOptions
+
+from onebit.comm.backend import Backend, Handle
+from onebit.comm.errors import BackendError
+
+NAMES = {"cpu": "gloo", "cuda": "nccl"}
+
+# Up to this many gathered bytes Gloo does better with one exchange than with its ring of n - 1 steps.
+SMALL_GATHER = 1 << 16
+
+# Gloo's operation ends by itself at the time limit. Only if it has not after so many more seconds does `wait` give up
+# on it: in older PyTorch, 2.7 for one, all_to_all knew the group's time limit alone.
+GRACE = 1.0
+
+
+class TorchBackend(Backend):
+    """Collectives of one process group: ``gloo`` for CPU tensors, ``nccl`` for CUDA tensors, sub-groups included.
+
+    Gloo: a peer that dies fails every rank's next `wait` at once, one that hangs fails it at the time limit. Gloo then
+    closes the group's connections, so later collectives of this group fail immediately.
+
+    NCCL: `wait` makes the current stream wait and never the host, so a step can be captured in a CUDA graph. The time
+    limit is therefore the process group's own (``timeout`` of `init_process_group` or `new_group`): PyTorch's watchdog
+    thread watches over it, logs the collective and ends the process.
+
+    Args:
+        group: the process group; None: the default group.
+        device_type: ``"cpu"`` for its Gloo half, ``"cuda"`` for its NCCL half.
+        timeout: seconds that a collective may take; None: `DEFAULT_TIMEOUT`.
+
+    Raises:
+        BackendError: torch.distributed is not initialised, or this rank is no member of the group.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, device_type: str = "cpu", timeout: float | None = None
+    ) -> None:
+        group = as_member(dist.group.WORLD if group is None else group)
+        super().__init__(group.rank(), group.size(), timeout)
+        self.name = NAMES[device_type]
+        self.device_type = device_type
+        self.group = group
+
+    def _all_to_all(self, output: Tensor, input: Tensor) -> Handle:
+        return self._exchange(_as_bytes(output), _as_bytes(input))
+
+    def _all_gather(self, output: Tensor, input: Tensor) -> Handle:
+        output, input = _as_bytes(output), _as_bytes(input)
+        if self.name == "gloo" and output.numel() <= SMALL_GATHER:
+            return self._exchange(output, input.repeat(self.size))
+        options = AllgatherOptions()
+        options.timeout = self._limit
+        return self._handle(self.group._allgather_base(output, input, options))
+
+    def _all_reduce(self, tensor: Tensor) -> Handle:
+        options = AllreduceOptions()  # sums
+        options.timeout = self._limit
+        return self._handle(self.group.allreduce([tensor], options))
+
+    def _barrier(self) -> None:
+        options = BarrierOptions()
+        options.timeout = self._limit
+        if self.device_type == "cuda":
+            options.device_ids = [torch.cuda.current_device()]
+        self._handle(self.group.barrier(options)).wait(self.timeout)
+
+    def _exchange(self, output: Tensor, input: Tensor) -> Handle:
+        options = AllToAllOptions()
+        options.timeout = self._limit
+        return self._handle(self.group.alltoall_base(output, input, [], [], options))
+
+    def _handle(self, work: _TorchWork) -> Handle:
+        return _HostWork(work) if self.device_type == "cpu" else _StreamWork(work)
+
+    @property
+    def _limit(self) -> timedelta:
+        return timedelta(seconds=self.timeout)
+
+
+def as_member(group: object) -> dist.ProcessGroup:
+    """The process group itself, if this rank can use it.
+
+    Raises:
+        BackendError: torch.distributed is not initialised, or this rank is no member of the group.
+    """
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if not dist.is_initialized():
+        raise BackendError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
+    raise BackendError(f"rank {dist.get_rank()} is no member of this process group; only those given to new_group are")
+
+
+class _TorchWork(Protocol):
+    def wait(self, timeout: timedelta = ...) -> bool: ...
+
+
+class _HostWork:
+    def __init__(self, work: _TorchWork) -> None:
+        self._work = work
+
+    def wait(self, timeout: float) -> None:
+        self._work.wait(timedelta(seconds=timeout + GRACE))
+
+
+class _StreamWork:
+    def __init__(self, work: _TorchWork) -> None:
+        self._work = work
+
+    def wait(self, timeout: float) -> None:
+        self._work.wait()  # given a time limit, PyTorch may block the host
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory as (k,) uint8: Gloo knows few dtypes, and a byte is a byte."""
+    return tensor.detach().view(torch.uint8)
