@@ -20,7 +20,7 @@ from rich.console import Console
 from table import summary, table
 
 SCRIPT = Path(__file__).with_name("train_gpt.py")
-LABELS = {"adamw": "AdamW, plain allreduce", "onebit-adam": "OnebitAdam"}
+LABELS = {"adamw": "plain AdamW", "onebit-adam": "OnebitAdam"}
 
 
 def main() -> int:

@@ -53,7 +53,7 @@ def _typical(column: str, phase: str, plain: Record, onebit: Record) -> tuple[fl
 
 
 def _bytes(before: float, after: float) -> tuple[str, str, str]:
-    return f"{before:,.0f}", f"{after:,.0f}", f"{_quotient(before, after):.2f} x less"
+    return f"{before:,.0f}", f"{after:,.0f}", f"1 / {_quotient(before, after):.2f}"
 
 
 def _times(before: float, after: float) -> tuple[str, str, str]:

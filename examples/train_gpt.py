@@ -33,7 +33,7 @@ from onebit.comm.backend import Backend
 from onebit.compress import num_threads
 from onebit.optim import OnebitAdam
 
-BETAS = (0.9, 0.99)  # a variance that is to be frozen after some hundred steps must have settled by then
+BETAS = (0.9, 0.95)  # a variance that is frozen after some hundred steps should have forgotten the first ones by then
 HELD_OUT_WINDOWS = 512
 
 
@@ -99,7 +99,7 @@ def train(options: argparse.Namespace, backend: Backend, device: torch.device) -
     record = Record(vars(options), environment(device, backend), sum(p.numel() for p in parameters))
     with progress_bar(options.steps, backend) as bar:
         for _ in bar:
-            started, sent, phase = clock(device), backend.traffic.wire_bytes, getattr(optimizer, "phase", "dense")
+            started, sent, phase = clock(device), backend.traffic.wire_bytes, phase_of(optimizer)
             inputs, targets = sample(text, options.batch, options.context, draw)
             optimizer.zero_grad()
             loss = next_byte_loss(model, inputs.to(device), targets.to(device))
@@ -116,13 +116,18 @@ def train(options: argparse.Namespace, backend: Backend, device: torch.device) -
                 seconds=clock(device) - started,
                 update_seconds=clock(device) - computed,
             )
-            sent_mb = backend.traffic.wire_bytes / 1e6
+            sent_mb = sum(record.wire_bytes) / 1e6
             bar.set_postfix_str(f"loss {record.loss[-1]:.3f}, {phase}, {sent_mb:.1f} MB sent", refresh=False)
 
     record.loss = mean_over_ranks(record.loss, backend, device)
     record.held_out_loss = held_out_loss(model, held_out, options, backend, device)
     record.checksums = checksums(parameters, backend)
     return record
+
+
+def phase_of(optimizer: Optimizer) -> str:
+    """What the next step will send: fp32 gradients ("dense", "warmup") or momentum in one bit per number."""
+    return optimizer.phase() if isinstance(optimizer, OnebitAdam) else "dense"
 
 
 def learning_rate_factor(step: int, options: argparse.Namespace) -> float:
@@ -186,7 +191,7 @@ def parse() -> argparse.Namespace:
     """The command line; the freeze, unless given, comes after a quarter of the steps."""
     parser = argparse.ArgumentParser(description="Train a small transformer on Python's own sources.")
     parser.add_argument("--optimizer", choices=("adamw", "onebit-adam"), default="onebit-adam")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--freeze-step", type=int, help="last step of OnebitAdam's warm-up (default: steps / 4)")
     parser.add_argument("--backend", choices=("gloo", "nccl", "mpi"), help="default: nccl on a GPU, else gloo")
     parser.add_argument("--seed", type=int, default=0)

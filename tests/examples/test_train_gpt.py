@@ -21,7 +21,8 @@ TINY += ["--context", 32, "--batch", 4, "--lr", 0.001]
 ELEMENTS = 256 * 32 + 12 * 32 * 32  # embedding, attention and feed-forward matrices: 20 blocks of 1024 elements
 DENSE, PACKED = ELEMENTS * 4, ELEMENTS // 8 + ELEMENTS // 1024 * 4
 PHASES = ["warmup"] * FREEZE_STEP + ["compressed"] * (STEPS - FREEZE_STEP)
-PADDING = 32  # a payload is aligned to 16 bytes, and a step sends two: half of the tensor in each phase
+# Beside the payload: alignment to 16 bytes, a flag per parameter in warm-up, what ranks compare when a phase begins.
+AT_MOST_BESIDE = 256
 
 
 def alone() -> list[str]:
@@ -84,8 +85,9 @@ def test_two_ranks_end_with_one_model_and_send_one_bit_per_number_after_the_free
     assert_complete(record, world_size=2)
     assert record["environment"]["backend"] == backend
     assert record["phase"] == PHASES
-    assert record["wire_bytes"][:FREEZE_STEP] == [DENSE] * FREEZE_STEP
-    assert all(PACKED <= sent <= PACKED + PADDING for sent in record["wire_bytes"][FREEZE_STEP:])
+    for phase, sent in zip(PHASES, record["wire_bytes"], strict=True):
+        payload = DENSE if phase == "warmup" else PACKED
+        assert payload <= sent <= payload + AT_MOST_BESIDE
     assert len(record["checksums"]) == 2
     assert len(set(record["checksums"])) == 1, "ranks ended with different parameters"
 
