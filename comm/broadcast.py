@@ -29,7 +29,8 @@ def broadcast(tensors: Tensors, backend: object = None, source: int = 0) -> None
         return
     for tensor in listed:
         # A sum in which all but one rank give zero bytes moves any bit pattern unchanged.
-        content = tensor.contiguous().view(-1).view(torch.uint8)
-        carried = content.clone() if group.rank == source else torch.zeros_like(content)
+        carried = tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+        if group.rank != source:
+            carried.zero_()
         group.all_reduce(carried).wait()
         tensor.copy_(carried.view(tensor.dtype).view(tensor.shape))

@@ -245,5 +245,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
 def checksum(tensor: Tensor) -> str:
     """A number that tells different contents apart: the sum of the elements' bit patterns."""
-    words = tensor.detach().contiguous().view(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+    rows = tensor.detach().clone(memory_format=torch.contiguous_format)  # contiguous() lets one element keep any stride
+    words = rows.view(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int16)
     return f"checksum {int(words.sum(dtype=torch.int64))}"
