@@ -17,7 +17,7 @@ from torch import Tensor
 from onebit.comm.backend import Backend
 from onebit.comm.bucket import Bucket
 from onebit.comm.errors import TransportError
-from onebit.comm.residual import Residual
+from onebit.comm.residual import Place, Residual
 from onebit.comm.stats import Stats, fp32_bytes
 from onebit.comm.tensors import Tensors, agree_on_tensors, all_finite, as_list, check_same, describe, resolve
 from onebit.compress import SignCodec
@@ -66,16 +66,15 @@ class CompressedAllreduce:
         tensors = as_list(like)
         self.codec = SignCodec() if codec is None else codec
         self.backend: Backend = resolve(tensors, backend)
-        options = {"codec": self.codec, "bucket_mb": check_bucket_mb(bucket_mb)}
-        agree_on_tensors(self.backend, "CompressedAllreduce", tensors, options)
         self.residual = Residual() if residual is None else residual
+        options = {"codec": self.codec, "bucket_mb": check_bucket_mb(bucket_mb)}
+        place = self._plan(tensors, max(int(bucket_mb * 2**20) // 4, 1))
+        agree_on_tensors(self.backend, "CompressedAllreduce", tensors, options, self.residual.refusal(place))
         self.stats = Stats()
         self._like = [describe(t) for t in tensors]
-        self._device = tensors[0].device if tensors else torch.device("cpu")
-        self._numel = sum(t.numel() for t in tensors)
-        if self.backend.size == 1:
-            self.residual.refuse_pending()
-        self._buckets = self._make_buckets(tensors, int(bucket_mb * 2**20) // 4) if self.backend.size > 1 else []
+        self._device = place.device
+        self._numel = sum(place.numels)
+        self._buckets = self._make_buckets(place)
         self._masks: Sequence[Tensor] | None = None
         self._staging: dict[int, Tensor] = {}
         self._flight: CompressedWork | None = None
@@ -88,7 +87,8 @@ class CompressedAllreduce:
         """Encode `tensors` and start sending; the tensors must stay untouched until the work is done.
 
         Any strides are taken. A non-finite element makes the mean of its block NaN on every rank and leaves the error
-        feedback of that block as it was.
+        feedback of that block as it was, on the server and on the rank that has it; what the other ranks said is lost,
+        unless `CompressedWork.undo` takes it back.
 
         Raises:
             InputError: not the tensors this was made for, or the last work is not done; nothing was changed.
@@ -132,18 +132,26 @@ class CompressedAllreduce:
         """Take over the error feedback of the same rank and world size; see `Residual.load_state_dict`."""
         self.residual.load_state_dict(state)
 
-    def _make_buckets(self, tensors: Sequence[Tensor], bucket_numel: int) -> list[Bucket]:
+    def _plan(self, tensors: Sequence[Tensor], bucket_numel: int) -> Place:
+        """How these tensors are laid out in buckets; with one rank in none."""
         layouts: list[Layout] = []
-        dtypes = sorted({t.dtype for t in tensors}, key=str)
+        dtypes = sorted({t.dtype for t in tensors}, key=str) if self.backend.size > 1 else []
         for dtype in dtypes:  # a bucket holds one dtype; the other tensors count as empty
             numels = [t.numel() if t.dtype == dtype else 0 for t in tensors]
             planned = self.codec.plan(numels, self.backend.size, bucket_numel)
             layouts += [layout for layout in planned if layout.blocks]
-        self.residual.bind([t.numel() for t in tensors], layouts, self.backend.rank, self._device)
-        return [
-            Bucket(self.codec, layout, self.backend, worker, server)
-            for layout, worker, server in zip(layouts, self.residual.worker, self.residual.server, strict=True)
-        ]
+        return Place(
+            numels=tuple(t.numel() for t in tensors),
+            layouts=tuple(layouts),
+            rank=self.backend.rank,
+            world_size=self.backend.size,
+            device=tensors[0].device if tensors else torch.device("cpu"),
+        )
+
+    def _make_buckets(self, place: Place) -> list[Bucket]:
+        self.residual.bind(place)
+        parts = zip(place.layouts, self.residual.worker, self.residual.server, strict=True)
+        return [Bucket(self.codec, layout, self.backend, worker, server) for layout, worker, server in parts]
 
     def _rows(self, tensors: Sequence[Tensor], copy: bool) -> list[Tensor]:
         """The tensors in row-major order: themselves, or for other strides a buffer, filled if `copy`."""
@@ -165,6 +173,12 @@ class CompressedAllreduce:
             for target, mask in zip(targets, self._masks, strict=True):
                 target.masked_fill_(mask, 0.0)
         self._flight = None
+
+    def _taking_part(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors with 0 for what is masked."""
+        if self._masks is None:
+            return tensors
+        return [t.masked_fill(mask, 0.0) for t, mask in zip(tensors, self._masks, strict=True)]
 
 
 class CompressedWork:
@@ -206,10 +220,10 @@ class CompressedWork:
     def all_finite(self) -> Tensor:
         """After `finish`: 0-dim bool, the same on all ranks, False if any rank sent a non-finite number.
 
-        With one rank nothing is sent, and the tensors themselves are looked at.
+        With one rank nothing is sent, and the tensors themselves are looked at. Masked elements may be anything.
         """
         if not self._buckets:
-            return all_finite(self._given)
+            return all_finite(self._owner._taking_part(self._given))
         return torch.stack([bucket.all_finite() for bucket in self._buckets]).all()
 
     def decode(self, out: Tensors) -> None:

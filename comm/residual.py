@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,64 +15,75 @@ from onebit.compress.layout import Layout, Segment
 VERSION = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a residual is the feedback of; a change of any of it would give elements the feedback of others.
+
+    Attributes:
+        numels: elements of every tensor, in the order of the list that is averaged.
+        layouts: the buckets, none with one rank; segments count tensors as `numels` does.
+        rank: whose residual it is, which is also the chunk it serves.
+        world_size: number of ranks.
+        device: where the tensors are.
+    """
+
+    numels: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    rank: int
+    world_size: int
+    device: torch.device
+
+
 class Residual:
     """The error feedback of one compressed average; make it empty, the first average gives it its sizes.
 
     The *worker* residual is what this rank has not yet told the others, one fp32 per element. The *server* residual
-    belongs to the chunk whose mean this rank computes, and is what it has not yet told of that mean. Padding is part
-    of neither.
+    belongs to the chunk whose mean this rank computes, and is what it has not yet told of that mean. Padding is part of
+    neither.
     """
 
     def __init__(self) -> None:
-        self._layouts: tuple[Layout, ...] | None = None
-        self._numels: tuple[int, ...] = ()
-        self._rank = 0
+        self._place: Place | None = None
         self.worker: list[Tensor] = []
         self.server: list[Tensor] = []
         self._pending: Mapping[str, Any] | None = None
 
-    def bind(self, numels: Sequence[int], layouts: Sequence[Layout], rank: int, device: torch.device) -> None:
-        """Allocate for these buckets, or check that what is there was made for them.
-
-        Args:
-            numels: elements of every tensor, in the order of the list that is averaged.
-            layouts: the buckets; segments count tensors as `numels` does.
-            rank: whose residual this is, which is also the chunk it serves.
-            device: where the tensors are.
-
-        Raises:
-            InputError: it holds feedback of other tensors, another codec, bucket size, world size or rank.
-        """
-        if self._layouts is None:
-            self._numels, self._layouts, self._rank = tuple(numels), tuple(layouts), rank
-            self.worker = [torch.zeros(layout.padded_numel, device=device) for layout in layouts]
-            self.server = [torch.zeros(layout.chunk_numel, device=device) for layout in layouts]
-            if self._pending is not None:
-                pending, self._pending = self._pending, None
-                self.load_state_dict(pending)
-        elif (self._numels, self._layouts, self._rank) != (tuple(numels), tuple(layouts), rank):
-            raise InputError(
-                f"rank {rank}: this Residual holds the error feedback of {len(self._numels)} tensors with "
-                f"{sum(self._numels)} elements (rank {self._rank}), and is used now for {len(numels)} with "
-                f"{sum(numels)}, or with another codec, bucket size or world size; use one Residual per averaged list of "
-                "tensors, or reset() it"
+    def refusal(self, place: Place) -> InputError | None:
+        """Return why `bind(place)` would raise; None if it would not."""
+        if self._place not in (None, place):
+            held = self._place
+            assert held is not None
+            return InputError(
+                f"rank {place.rank}: this Residual holds the error feedback of {len(held.numels)} tensors with "
+                f"{sum(held.numels)} elements (rank {held.rank} of {held.world_size}), and is used now for "
+                f"{len(place.numels)} with {sum(place.numels)} (rank {place.rank} of {place.world_size}), or with "
+                "another codec, bucket size or device; use one Residual per averaged list of tensors"
             )
+        return None if self._pending is None else _misfit(self._pending, place)
 
-    def refuse_pending(self) -> None:
-        """Raise if a state was loaded, because a single rank compresses nothing and would lose it.
+    def bind(self, place: Place) -> None:
+        """Allocate for this place and take over a loaded state, or check that what is there was made for it.
 
         Raises:
-            InputError: there is error feedback that nobody would use.
+            InputError: it holds feedback of other tensors, another codec, bucket size, world size or rank; nothing was
+                changed.
         """
+        refusal = self.refusal(place)
+        if refusal is not None:
+            raise refusal
+        if self._place is None:
+            self._place = place
+            self.worker = [torch.zeros(layout.padded_numel, device=place.device) for layout in place.layouts]
+            self.server = [torch.zeros(layout.chunk_numel, device=place.device) for layout in place.layouts]
         if self._pending is not None:
-            raise InputError(
-                f"the loaded error feedback is of rank {self._pending['rank']} of {self._pending['world_size']}, and a "
-                "single rank compresses nothing: load without it, or train on as many ranks as before"
-            )
+            pending, self._pending = self._pending, None
+            self.load_state_dict(pending)
 
     def reset(self) -> None:
-        """Forget all feedback and all sizes."""
-        self.__init__()  # type: ignore[misc]
+        """Forget all feedback, a loaded state that was not used yet included. Sizes stay."""
+        self._pending = None
+        for part in (*self.worker, *self.server):
+            part.zero_()
 
     def rescale(self, factor: float) -> None:
         """Multiply all feedback by `factor`, as when a loss scale changes.
@@ -83,34 +95,41 @@ class Residual:
             raise InputError(f"rescale: the factor must be finite, got {factor}")
         for part in (*self.worker, *self.server):
             part.mul_(factor)
+        if self._pending is not None:
+            scaled = {key: self._pending[key] * factor for key in ("worker", "server")}
+            self._pending = {**self._pending, **scaled}
 
     def norm(self) -> Tensor:
         """The Euclidean norm of all feedback of this rank, as a 0-dim fp32 tensor on its device."""
-        parts = [part for part in (*self.worker, *self.server) if part.numel()]
+        loaded = () if self._pending is None else (self._pending["worker"], self._pending["server"])
+        parts = [part for part in (*self.worker, *self.server, *loaded) if part.numel()]
         if not parts:
             return torch.zeros(())
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
-        return norm
+        total: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         """Return real elements only, in tensor order, independent of padding; needs only ``weights_only`` loading.
 
-        Keys: ``version``, ``rank``, ``world_size``, ``numels``, ``worker`` (sum of numels,) fp32, ``server``
-            (elements of this rank's chunks,) fp32 and ``server_spans``, (k, 3) int64 rows of tensor, offset, number
-            of elements.
+        Keys: ``version``, ``rank``, ``world_size``, ``numels``, ``worker`` (sum of numels,) fp32, ``server`` (elements
+        of this rank's chunks,) fp32 and ``server_spans``, (k, 3) int64 rows of tensor, offset, number of elements; or
+        ``version`` alone where there is no feedback, as before the first use and with one rank.
         """
-        if self._layouts is None:
-            return {"version": VERSION} if self._pending is None else dict(self._pending)
-        worker = torch.zeros(sum(self._numels), device=self._device())
-        for part, target in self._worker_parts(worker):
+        if self._pending is not None:
+            return dict(self._pending)
+        if self._place is None or not self.worker:
+            return {"version": VERSION}
+        place = self._place
+        worker = torch.zeros(sum(place.numels), device=place.device)
+        for part, target in self._worker_parts(place, worker):
             target.copy_(part)
-        served = [(part, segment) for part, segment in self._server_parts() if segment.numel]
+        served = [(part, segment) for part, segment in self._server_parts(place) if segment.numel]
         spans = [[s.tensor, s.offset, s.numel] for _, s in served]
         return {
             "version": VERSION,
-            "rank": self._rank,
-            "world_size": self._layouts[0].chunks,
-            "numels": list(self._numels),
+            "rank": place.rank,
+            "world_size": place.world_size,
+            "numels": list(place.numels),
             "worker": worker,
             "server": torch.cat([part for part, _ in served]) if served else worker.new_empty(0),
             "server_spans": torch.tensor(spans, dtype=torch.int64).view(-1, 3),
@@ -124,31 +143,19 @@ class Residual:
         """
         _check_state(state)
         if "worker" not in state:
-            for part in (*self.worker, *self.server):
-                part.zero_()
+            self.reset()
             return
-        if self._layouts is None:
+        place = self._place
+        if place is None:
             self._pending = dict(state)
             return
-        expected = {"numels": list(self._numels), "rank": self._rank, "world_size": self._layouts[0].chunks}
-        for key, value in expected.items():
-            if state[key] != value:
-                raise InputError(
-                    f"rank {self._rank}: the residual to load has {key} {state[key]}, here it is {value}; "
-                    "Residual.reshard(states of all ranks, world_size) turns one into the other"
-                )
-        spans = {(s.tensor, s.offset, s.numel) for _, s in self._server_parts()}
+        misfit = _misfit(state, place)
+        if misfit is not None:
+            raise misfit
         held = _Spans(state["server"], state["server_spans"])
-        missing = [span for span in spans if held.find(*span) is None]
-        if missing:
-            raise InputError(
-                f"rank {self._rank}: the residual to load was made with another bucket size or block size: it does not "
-                f"hold (tensor, offset, numel) {missing[0]}; use the old options, or Residual.reshard"
-            )
-        worker = state["worker"].to(self._device())
-        for part, source in self._worker_parts(worker):
+        for part, source in self._worker_parts(place, state["worker"].to(place.device)):
             part.copy_(source)
-        for part, s in self._server_parts():
+        for part, s in self._server_parts(place):
             found = held.find(s.tensor, s.offset, s.numel)
             assert found is not None
             part.copy_(found)
@@ -174,14 +181,16 @@ class Residual:
             raise InputError(f"reshard: world_size must be at least 1, got {world_size}")
         for state in states:
             _check_state(state)
-        if not states or any("worker" not in state for state in states):
+        if states and all("worker" not in state for state in states):
             return [{"version": VERSION} for _ in range(world_size)]
-        old = states[0]["world_size"]
-        ranks = sorted(state["rank"] for state in states)
-        if ranks != list(range(old)) or any(state["numels"] != states[0]["numels"] for state in states):
+        held = [state for state in states if "worker" in state]
+        ranks = sorted(state["rank"] for state in held)
+        old = held[0]["world_size"] if held else 0
+        kinds = {(state["world_size"], *state["numels"]) for state in held}
+        if len(kinds) != 1 or len(held) != len(states) or ranks != list(range(old)):
             raise InputError(
-                f"reshard: expected one state of each of {old} ranks, all of the same tensors; got ranks {ranks} with "
-                f"{sorted({sum(state['numels']) for state in states})} elements"
+                f"reshard: expected one state of each of {old or 'all'} ranks, all of the same tensors; got "
+                f"{len(states)}, of ranks {ranks} with {sorted({sum(state['numels']) for state in held})} elements"
             )
         numels = states[0]["numels"]
         worker = torch.stack([state["worker"].double() for state in states]).mean(0).float()
@@ -197,27 +206,18 @@ class Residual:
         common = {"version": VERSION, "world_size": world_size, "numels": numels, "server_spans": spans}
         return [{**common, "rank": r, "worker": worker.clone(), "server": server.clone()} for r in range(world_size)]
 
-    def _device(self) -> torch.device:
-        return self.worker[0].device
-
-    def _worker_parts(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _worker_parts(self, place: Place, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of the same elements: in a bucket's residual, and in one flat tensor of all tensors in order."""
-        assert self._layouts is not None
-        starts = torch.tensor([0, *self._numels]).cumsum(0).tolist()
-        pairs = []
-        for layout, worker in zip(self._layouts, self.worker, strict=True):
+        starts = torch.tensor([0, *place.numels]).cumsum(0).tolist()
+        for layout, worker in zip(place.layouts, self.worker, strict=True):
             for s in layout.segments:
                 first = starts[s.tensor] + s.offset
-                pairs.append((worker[layout.residual_span(s)], flat[first : first + s.numel]))
-        return pairs
+                yield worker[layout.residual_span(s)], flat[first : first + s.numel]
 
-    def _server_parts(self) -> list[tuple[Tensor, Segment]]:
-        assert self._layouts is not None
-        return [
-            (server[layout.residual_span(s)], s)
-            for layout, server in zip(self._layouts, self.server, strict=True)
-            for s in layout.chunk_segments(self._rank)
-        ]
+    def _server_parts(self, place: Place) -> Iterator[tuple[Tensor, Segment]]:
+        for layout, server in zip(place.layouts, self.server, strict=True):
+            for s in layout.chunk_segments(place.rank):
+                yield server[layout.residual_span(s)], s
 
 
 class _Spans:
@@ -239,6 +239,32 @@ class _Spans:
         return None
 
 
+def _misfit(state: Mapping[str, Any], place: Place) -> InputError | None:
+    """Why a state, complete by itself, cannot be taken over in this place."""
+    if place.world_size == 1:
+        return InputError(
+            f"the error feedback to load is of rank {state['rank']} of {state['world_size']}, and a single rank "
+            "compresses nothing: load without it, or train on as many ranks as before"
+        )
+    expected = {"numels": list(place.numels), "rank": place.rank, "world_size": place.world_size}
+    for key, value in expected.items():
+        if state[key] != value:
+            return InputError(
+                f"rank {place.rank}: the residual to load has {key} {state[key]}, here it is {value}; "
+                "Residual.reshard(states of all ranks, world_size) turns one into the other"
+            )
+    held = _Spans(state["server"], state["server_spans"])
+    for layout in place.layouts:
+        for s in layout.chunk_segments(place.rank):
+            if held.find(s.tensor, s.offset, s.numel) is None:
+                return InputError(
+                    f"rank {place.rank}: the residual to load was made with another bucket size or block size: it "
+                    f"does not hold (tensor, offset, numel) {(s.tensor, s.offset, s.numel)}; use the old options, or "
+                    "Residual.reshard"
+                )
+    return None
+
+
 def _check_state(state: Mapping[str, Any]) -> None:
     if state.get("version") != VERSION:
         raise InputError(
@@ -251,4 +277,9 @@ def _check_state(state: Mapping[str, Any]) -> None:
         raise InputError(
             f"a residual's state of {sum(state['numels'])} elements holds a worker residual of "
             f"{state['worker'].numel()}"
+        )
+    if "server" in state and state["server"].numel() != int(state["server_spans"][:, 2].sum()):
+        raise InputError(
+            f"a residual's state whose spans have {int(state['server_spans'][:, 2].sum())} elements holds a server "
+            f"residual of {state['server'].numel()}"
         )

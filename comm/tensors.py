@@ -36,8 +36,17 @@ def resolve(tensors: Sequence[Tensor], backend: object) -> Backend:
     return make_backend(backend, device=device)
 
 
-def agree_on_tensors(backend: Backend, subject: str, tensors: Sequence[Tensor], options: Mapping[str, object]) -> None:
+def agree_on_tensors(
+    backend: Backend,
+    subject: str,
+    tensors: Sequence[Tensor],
+    options: Mapping[str, object],
+    refusal: InputError | None = None,
+) -> None:
     """Check dtypes and devices here, then that all ranks hold the same list and options; collective.
+
+    Args:
+        refusal: an error that this rank has found already, to be raised here once the others know.
 
     Raises:
         InputError: this rank's tensors cannot be averaged; other ranks get a MismatchError that quotes it.
@@ -46,7 +55,7 @@ def agree_on_tensors(backend: Backend, subject: str, tensors: Sequence[Tensor], 
     facts = {"the number of tensors": str(len(tensors))}
     facts.update({f"tensor {i}": describe(t) for i, t in enumerate(tensors)})
     facts.update({name: str(value) for name, value in options.items()})
-    agree(backend, subject, facts, _refusal(backend, subject, tensors))
+    agree(backend, subject, facts, _refusal(backend, subject, tensors) or refusal)
 
 
 def check_same(rank: int, tensors: Sequence[Tensor], like: Sequence[str], device: torch.device) -> None:
