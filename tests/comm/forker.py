@@ -37,7 +37,7 @@ def fork(folder: Path, rank: int) -> int:
 
 
 def reap(ranks: dict[int, int], deadline: float, without: set[int]) -> dict[int, str]:
-    """How each rank ended. Those in `without` are killed when the others are through, and all of them at the deadline."""
+    """How each rank ended. Those in `without` are killed when the others are through, and all at the deadline."""
     statuses: dict[int, str] = {}
     while len(statuses) < len(ranks):
         for rank, pid in ranks.items():

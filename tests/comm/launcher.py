@@ -132,7 +132,7 @@ def _start_gloo(folder: Path, job: Job, without: Collection[int]) -> dict[int, s
         _forker = subprocess.Popen(
             [sys.executable, "-m", "tests.comm.forker"],
             cwd=ROOT,
-            env=_environment(),
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -159,7 +159,7 @@ def _start_mpi(folder: Path, job: Job, without: Collection[int]) -> dict[int, st
         process = subprocess.Popen(
             [*command, sys.executable, "-m", "tests.comm.mpi_rank", str(folder)],
             cwd=ROOT,
-            env=_environment(),
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -190,7 +190,7 @@ def _wait_mpi(process: subprocess.Popen[bytes], folder: Path, job: Job, without:
     return f"still running after {job.timeout} s, and killed"
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, with this process's import path, and without what a launcher of ourselves may have set."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM_", "PMIX_"))}
     return {**variables, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
