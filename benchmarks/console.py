@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NEEDS = 'benchmarks need the package "rich" to print: pip install "onebit[bench]"'
-WIDTH = 132  # of tables where output goes to a file or a pipe
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console, wide enough for a table where nobody tells its width.
+    """A rich console.
 
     Raises:
         SystemExit: rich is not installed.
@@ -25,8 +24,7 @@ def console(*, stderr: bool = False) -> Console:
         from rich.console import Console
     except ImportError as error:
         raise SystemExit(NEEDS) from error
-    found = Console(stderr=stderr, highlight=False)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+    return Console(stderr=stderr, highlight=False)
 
 
 def say(text: str, *, stderr: bool = False) -> None:
@@ -35,17 +33,24 @@ def say(text: str, *, stderr: bool = False) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """A table; the first column is text, the others stand to the right; a `#wrong` above 0 is red."""
+    """A table; the first column is text, the others stand to the right; a `#wrong` above 0 is red.
+
+    No figure is cut off: a table that is wider than the terminal runs over its edge.
+    """
     out = console()
+    from rich.box import SIMPLE_HEAD
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
         head = column.replace(" ", "\n", 1)
         table.add_column(head, justify="left" if column == columns[0] else "right", no_wrap=True, vertical="bottom")
     for row in rows:
         cells = [row.get(column, "") for column in columns]
         table.add_row(*cells, style="bold red" if row.get("#wrong", "0") not in ("0", "-") else None)
+    out.width = max(out.width, Measurement.get(out, out.options.update(max_width=1000), table).maximum)
+    out.print(title, style="bold", soft_wrap=True, markup=False)
     out.print(table)
 
 

@@ -43,13 +43,18 @@ def _medians(times: Sequence[Times]) -> Times:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: measured. Any kernel that fails raises."""
+    """0: measured; 1: a kernel failed, as the messages of its process tell."""
     flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.first_call", description=__doc__)
     flags.add_argument("--repeats", type=int, default=3, help="processes for each state of the cache")
     flags.add_argument("--output", type=Path, help="folder for the JSON result (none: no JSON)")
     options = flags.parse_args(arguments)
     run = {"ranks": 1, "backend": "single", "link": "this machine", "repeats": options.repeats}
-    result = results.document("first-call", run, _compare(options.repeats))
+    try:
+        rows = _compare(options.repeats)
+    except subprocess.CalledProcessError as error:
+        console.say(f"a fresh process ended with status {error.returncode}; its messages stand above", stderr=True)
+        return 1
+    result = results.document("first-call", run, rows)
     _show(result)
     if options.output:
         console.say(f"JSON: {results.save(result, options.output)}")

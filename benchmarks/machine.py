@@ -23,6 +23,14 @@ def describe() -> dict[str, object]:
     }
 
 
+def priority() -> str:
+    """How this process is scheduled: ``"normal"``, ``"nice -20"`` and the like, or ``"real-time"`` as under `chrt`."""
+    if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
+        return "real-time"
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    return f"nice {nice}" if nice else "normal"
+
+
 def kind() -> str:
     """The machine's kind, as result files are named: ``cpu-2core``."""
     return f"cpu-{len(os.sched_getaffinity(0))}core"

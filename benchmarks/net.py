@@ -13,13 +13,16 @@ from pathlib import Path
 from onebit.benchmarks import console, results
 from onebit.benchmarks.launch import Host, RankError, launch
 from onebit.benchmarks.namespaces import Namespace, NetworkError, shaped_pair
+from onebit.benchmarks.sizes import parse_size, up_to
 
 
 def _parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.net", description=__doc__)
     flags.add_argument("--rate", default="1gbit", help="speed of the link, as tc writes it: 100mbit, 1gbit, 10gbit")
     flags.add_argument("--output", type=Path, default=results.default_folder(), help="folder for the JSON result")
-    flags.add_argument("-b", "--minbytes", default="64M", help="bytes of the tensor that is averaged")
+    flags.add_argument(
+        "-e", "--maxbytes", type=parse_size, default="64M", help="bytes of the largest tensor that is averaged"
+    )
     flags.add_argument("-n", "--iters", type=int, default=15, help="timed runs of each case")
     flags.add_argument("--bucket_mb", type=float, default=16.0, help="bucket size of the compressed average")
     return flags
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"--name=net-{options.rate}",
         f"--link=two namespaces, {options.rate}",
         f"--output={options.output}",
-        f"-b{options.minbytes}",
+        *up_to(options.maxbytes),
         f"-n{options.iters}",
         f"--bucket_mb={options.bucket_mb}",
     ]

@@ -47,17 +47,18 @@ def fill(page: str, found: Mapping[str, Sequence[results.Document]]) -> str:
 
 
 def _block(result: results.Document) -> str:
-    """A caption, a table, and where the time went."""
+    """A caption, a table, and where the time of the last row with stages, the largest size, went."""
     rows = [_columns_of(row) for row in result["rows"]]
     shares = [_shares(row) for row in result["rows"] if row.get("stages")]
-    return "\n\n".join([_caption(result), _markdown(rows), *shares])
+    return "\n\n".join([_caption(result), _markdown(rows), *shares[-1:]])
 
 
 def _shares(row: Mapping[str, Any]) -> str:
     """The stages of a case as parts of its time; what a rank waits for counts where it waits."""
     total = sum(row["stages"].values()) or 1.0
     parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in row["stages"].items())
-    return f"Where `{row['case']}` spends its time on rank 0: {parts}."
+    tensor = f"{view.elements(row['numel'])} {row['dtype']}"
+    return f"Where `{row['case']}` of {tensor} spends its time on rank 0: {parts}."
 
 
 def _caption(result: results.Document) -> str:
@@ -65,7 +66,8 @@ def _caption(result: results.Document) -> str:
     ranks = f"{run['ranks']} ranks, {run['backend']}, {run['link']}" if run["ranks"] > 1 else "one process"
     times = f"{run['iterations']} rounds" if "iterations" in run else f"median of {run['repeats']} processes"
     packages = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "numba", "numpy"))
-    return f"{box['cpu']}, {box['cores']} cores; {ranks}; {times}; {packages}; {result['created'][:10]}."
+    priority = "" if run["priority"] == "normal" else f"; priority: {run['priority']}"
+    return f"{box['cpu']}, {box['cores']} cores; {ranks}; {times}{priority}; {packages}; {result['created'][:10]}."
 
 
 def _columns_of(row: Mapping[str, Any]) -> Cells:

@@ -36,7 +36,7 @@ def document(name: str, run: Mapping[str, object], rows: Sequence[Mapping[str, o
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "versions": machine.versions(),
-        "run": dict(run),
+        "run": {**run, "priority": machine.priority()},
         "rows": [dict(row) for row in rows],
     }
 

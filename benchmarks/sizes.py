@@ -42,3 +42,8 @@ def sweep_sizes(first: int, last: int, factor: int) -> list[int]:
         sizes.append(first)
         first *= factor
     return sizes
+
+
+def up_to(largest: int) -> list[str]:
+    """The driver's flags for three sizes, each 32 times the one before; the small ones show what compression costs."""
+    return [f"-b{max(1, largest // 32**2)}", f"-e{largest}", "-f32"]

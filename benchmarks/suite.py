@@ -13,14 +13,17 @@ from pathlib import Path
 
 from onebit.benchmarks import console, first_call, results
 from onebit.benchmarks.launch import RankError, launch, loopback
+from onebit.benchmarks.sizes import parse_size, up_to
 
 
 def _parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.suite", description=__doc__)
     flags.add_argument("--output", type=Path, default=results.default_folder(), help="folder for the JSON results")
     flags.add_argument("--kernel-size", default="256M", help="bytes of the tensor that kernels run on")
-    flags.add_argument("--average-size", default="64M", help="bytes of the tensor that is averaged")
-    flags.add_argument("-n", "--iters", type=int, help="timed runs of each case (kernels 12, averages 30)")
+    flags.add_argument(
+        "--average-size", type=parse_size, default="64M", help="bytes of the largest tensor that is averaged"
+    )
+    flags.add_argument("-n", "--iters", type=int, help="timed runs of each case (kernels 12, averages 20)")
     flags.add_argument("--ranks", type=int, default=2, help="ranks that average")
     flags.add_argument("--repeats", type=int, default=3, help="fresh processes per state of the compile cache; 0: none")
     return flags
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = f"--output={options.output}"
     statuses = [
         _kernels([f"-b{options.kernel_size}", f"-n{options.iters or 12}", output]),
-        _averages(options.ranks, [f"-b{options.average_size}", f"-n{options.iters or 30}", output]),
+        _averages(options.ranks, [*up_to(options.average_size), f"-n{options.iters or 20}", output]),
     ]
     if options.repeats:
         statuses.append(first_call.main([f"--repeats={options.repeats}", output]))

@@ -47,15 +47,16 @@ def elements(numel: int) -> str:
 
 
 def wire(row: Mapping[str, Any]) -> Cells:
-    """What one rank sends: by formula, as counted by onebit, as counted by the network interface."""
-    cells = {"wire MB": _megabytes(row["wire_formula"]), "counted": _megabytes(row["wire_bytes"])}
+    """What one rank sends: as counted by onebit or else by formula, and as counted by the network interface."""
+    counted = row["wire_bytes"]
+    cells = {"wire MB": _megabytes(row["wire_formula"] if counted is None else counted)}
     if row["link_bytes"] is not None:
-        cells["on link"] = _megabytes(row["link_bytes"])
+        cells["link MB"] = _megabytes(row["link_bytes"])
     return cells
 
 
-def _megabytes(nbytes: int | None) -> str:
-    return "-" if nbytes is None else f"{nbytes / 1e6:.4g}"
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.4g}"
 
 
 def _ratios(row: Mapping[str, Any]) -> Cells:

@@ -90,10 +90,10 @@ class TestOnARealLink:
 
     def test_both_averages_are_right_and_the_link_saw_what_was_counted(self, tmp_path: Path) -> None:
         before = namespaces()
-        assert net.main(["--rate=1gbit", "-b1M", "-n2", f"--output={tmp_path}"]) == 0
+        assert net.main(["--rate=1gbit", "-e1M", "-n2", f"--output={tmp_path}"]) == 0
         assert namespaces() <= before
         [path] = tmp_path.glob("*-net-1gbit-*.json")
-        plain, compressed = results.load(path)["rows"]
+        plain, compressed = results.load(path)["rows"][-2:]
         assert plain["wrong"] == compressed["wrong"] == 0
         for row in (plain, compressed):
             # Headers, acknowledgements and a stray barrier come on top of the payload.

@@ -7,6 +7,7 @@ from pathlib import Path
 from onebit.benchmarks import report, results
 from onebit.benchmarks.results import Document
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = """# Title
 
 before
@@ -60,9 +61,15 @@ def test_the_newest_result_of_a_machine_is_taken(document: Document, tmp_path: P
     assert "`decode`" in page
 
 
+def test_the_documentation_holds_the_tables_of_the_results_that_stand_beside_the_code() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert report.fill(page, report.newest(ROOT / "benchmarks" / "results")) == page, "run onebit.benchmarks.report"
+
+
 def test_first_calls_have_a_table_of_their_own(document: Document, tmp_path: Path) -> None:
     rows = [{"cache": state, "seconds": {"encode": 1.25, "encode again": 0.001}} for state in ("empty", "warm")]
-    run = {"ranks": 1, "backend": "single", "link": "this machine", "repeats": 3}
+    run = {"ranks": 1, "backend": "single", "link": "this machine", "repeats": 3, "priority": "real-time"}
     page = written({**document, "run": run, "rows": rows}, tmp_path)
     assert "| compile cache | encode, s |" in page
     assert "| warm | 1.25 |" in page
+    assert "priority: real-time" in page
