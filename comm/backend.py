@@ -43,10 +43,12 @@ class Traffic:
     wire_bytes: int = 0
 
     def add(self, wire_bytes: int) -> None:
+        """Count one collective."""
         self.collectives += 1
         self.wire_bytes += wire_bytes
 
     def reset(self) -> None:
+        """Start from zero again."""
         self.collectives = 0
         self.wire_bytes = 0
 
