@@ -61,7 +61,7 @@ def join(name: str | None) -> tuple[Backend, torch.device]:
     if name != "mpi" and "RANK" in os.environ:
         dist.init_process_group(name or ("nccl" if on_gpu else "gloo"))
     torch.set_num_threads(num_threads())
-    return make_backend(name), device
+    return make_backend(name, device=device), device
 
 
 def make_model(options: argparse.Namespace) -> Gpt:
@@ -109,12 +109,13 @@ def train(options: argparse.Namespace, backend: Backend, device: torch.device) -
                 average([p.grad for p in parameters if p.grad is not None])
             optimizer.step()
             schedule.step()
+            finished = clock(device)
             record.add(
                 loss=loss.item(),
                 phase=phase,
                 wire_bytes=backend.traffic.wire_bytes - sent,
-                seconds=clock(device) - started,
-                update_seconds=clock(device) - computed,
+                seconds=finished - started,
+                update_seconds=finished - computed,
             )
             sent_mb = sum(record.wire_bytes) / 1e6
             bar.set_postfix_str(f"loss {record.loss[-1]:.3f}, {phase}, {sent_mb:.1f} MB sent", refresh=False)

@@ -23,6 +23,7 @@ def demo(output: Path, *options: str, path: Path | None = None) -> subprocess.Co
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.slow
 def test_an_abort_while_python_shuts_down_is_told_but_is_no_failure(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ABORT_AT_EXIT)
     done = demo(tmp_path / "out", path=tmp_path)
