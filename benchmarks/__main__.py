@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from onebit.benchmarks import console, results, view
+from onebit.benchmarks import console, record, view
 from onebit.benchmarks.case import Setting
 from onebit.benchmarks.driver import drive
 from onebit.benchmarks.group import join
@@ -20,7 +20,7 @@ from onebit.comm.backend import Backend
 from onebit.compress import num_threads
 
 
-def measure(backend: Backend, options: Options) -> results.Document:
+def measure(backend: Backend, options: Options) -> record.Document:
     """Run what `options` asks for on this rank; every rank returns the same times."""
     threads = num_threads()
     torch.set_num_threads(threads)
@@ -42,7 +42,7 @@ def measure(backend: Backend, options: Options) -> results.Document:
         "bucket_mb": options.bucket_mb,
         "seed": options.seed,
     }
-    return results.document(options.name or f"{backend.name}-{backend.size}", run, [*map(results.row_fields, rows)])
+    return record.make(options.name or f"{backend.name}-{backend.size}", run, [*map(record.row_fields, rows)])
 
 
 def _setting(backend: Backend, options: Options, nbytes: int, threads: int) -> Setting:
@@ -57,11 +57,11 @@ def _setting(backend: Backend, options: Options, nbytes: int, threads: int) -> S
     )
 
 
-def _show(result: results.Document, options: Options) -> None:
+def _show(result: record.Document, options: Options) -> None:
     rows = view.terminal(result)
     console.show_table(view.title(result), view.columns(rows), rows)
     if options.output:
-        console.say(f"JSON: {results.save(result, options.output)}")
+        console.say(f"JSON: {record.save(result, options.output)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         backend.barrier()
     if rank == 0:
         _show(result, options)
-    return 1 if results.wrong(result) else 0
+    return 1 if record.wrong(result) else 0
 
 
 def leave(status: int) -> None:

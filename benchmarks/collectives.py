@@ -75,7 +75,7 @@ def _compressed_stages(state: Exchange) -> dict[str, float]:
 
 def _compressed_check(state: Exchange) -> Callable[[], int]:
     assert state.reduce is not None
-    state.reduce.residual.rescale(0.0)
+    state.reduce.residual.reset()
 
     def wrong() -> int:
         setting = state.setting

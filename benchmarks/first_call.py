@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from onebit.benchmarks import console, results
+from onebit.benchmarks import console, record
 
 PROGRAM = Path(__file__).with_name("cold_start.py")
 Times = dict[str, float]
@@ -54,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         console.say(f"a fresh process ended with status {error.returncode}; its messages stand above", stderr=True)
         return 1
-    result = results.document("first-call", run, rows)
+    result = record.make("first-call", run, rows)
     _show(result)
     if options.output:
-        console.say(f"JSON: {results.save(result, options.output)}")
+        console.say(f"JSON: {record.save(result, options.output)}")
     return 0
 
 
-def _show(result: results.Document) -> None:
+def _show(result: record.Document) -> None:
     rows = [{"cache": row["cache"], **_cells(row["seconds"])} for row in result["rows"]]
     console.show_table("first call of each kernel in a fresh process, seconds", list(rows[0]), rows)
 

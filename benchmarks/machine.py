@@ -17,15 +17,20 @@ def describe() -> dict[str, object]:
     return {
         "device": "cpu",
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
+def cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def priority() -> str:
     """How this process is scheduled: ``"normal"``, ``"nice -20"`` and the like, or ``"real-time"`` as under `chrt`."""
-    if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
         return "real-time"
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     return f"nice {nice}" if nice else "normal"
@@ -33,7 +38,7 @@ def priority() -> str:
 
 def kind() -> str:
     """The machine's kind, as result files are named: ``cpu-2core``."""
-    return f"cpu-{len(os.sched_getaffinity(0))}core"
+    return f"cpu-{cores()}core"
 
 
 def versions() -> dict[str, str]:

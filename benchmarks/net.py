@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from onebit.benchmarks import console, results
+from onebit.benchmarks import console, record
 from onebit.benchmarks.launch import Host, RankError, launch
 from onebit.benchmarks.namespaces import Namespace, NetworkError, shaped_pair
 from onebit.benchmarks.sizes import parse_size, up_to
@@ -19,7 +19,7 @@ from onebit.benchmarks.sizes import parse_size, up_to
 def _parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.net", description=__doc__)
     flags.add_argument("--rate", default="1gbit", help="speed of the link, as tc writes it: 100mbit, 1gbit, 10gbit")
-    flags.add_argument("--output", type=Path, default=results.default_folder(), help="folder for the JSON result")
+    flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON result")
     flags.add_argument(
         "-e", "--maxbytes", type=parse_size, default="64M", help="bytes of the largest tensor that is averaged"
     )

@@ -13,27 +13,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onebit.benchmarks import console, results, view
+from onebit.benchmarks import console, record, view
 from onebit.benchmarks.view import Cells
 
 SECTION = re.compile(r"(?m)^<!-- results: (?P<name>\S+) -->\n(?:.*\n)*?<!-- end -->$")
 
 
-def newest(folder: Path) -> dict[str, list[results.Document]]:
+def newest(folder: Path) -> dict[str, list[record.Document]]:
     """For each name the newest result of each kind of machine, kinds in alphabetical order."""
-    latest: dict[tuple[str, str], results.Document] = {}
+    latest: dict[tuple[str, str], record.Document] = {}
     for path in sorted(folder.glob("*.json")):
-        result = results.load(path)
+        result = record.load(path)
         key = (result["name"], result["kind"])
         if key not in latest or latest[key]["created"] < result["created"]:
             latest[key] = result
-    found: dict[str, list[results.Document]] = {}
+    found: dict[str, list[record.Document]] = {}
     for (name, _), result in sorted(latest.items(), key=lambda item: item[0]):
         found.setdefault(name, []).append(result)
     return found
 
 
-def fill(page: str, found: Mapping[str, Sequence[results.Document]]) -> str:
+def fill(page: str, found: Mapping[str, Sequence[record.Document]]) -> str:
     """`page` with every marked section made anew; a section without results keeps what it has."""
 
     def section(match: re.Match[str]) -> str:
@@ -46,7 +46,7 @@ def fill(page: str, found: Mapping[str, Sequence[results.Document]]) -> str:
     return SECTION.sub(section, page)
 
 
-def _block(result: results.Document) -> str:
+def _block(result: record.Document) -> str:
     """A caption, a table, and where the time of the last row with stages, the largest size, went."""
     rows = [_columns_of(row) for row in result["rows"]]
     shares = [_shares(row) for row in result["rows"] if row.get("stages")]
@@ -61,7 +61,7 @@ def _shares(row: Mapping[str, Any]) -> str:
     return f"Where `{row['case']}` of {tensor} spends its time on rank 0: {parts}."
 
 
-def _caption(result: results.Document) -> str:
+def _caption(result: record.Document) -> str:
     run, box, versions = result["run"], result["machine"], result["versions"]
     ranks = f"{run['ranks']} ranks, {run['backend']}, {run['link']}" if run["ranks"] > 1 else "one process"
     times = f"{run['iterations']} rounds" if "iterations" in run else f"median of {run['repeats']} processes"
@@ -103,7 +103,7 @@ def _markdown(rows: list[Cells]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: the page is written; it may still hold sections that no result was found for, which is said."""
     flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.report", description=__doc__)
-    flags.add_argument("--results", type=Path, default=results.default_folder(), help="folder of the JSON results")
+    flags.add_argument("--results", type=Path, default=record.default_folder(), help="folder of the JSON results")
     flags.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"), help="page to update")
     options = flags.parse_args(arguments)
     page = options.page.read_text(encoding="utf-8")

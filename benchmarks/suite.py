@@ -11,14 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from onebit.benchmarks import console, first_call, results
+from onebit.benchmarks import console, first_call, record
 from onebit.benchmarks.launch import RankError, launch, loopback
 from onebit.benchmarks.sizes import parse_size, up_to
 
 
 def _parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.suite", description=__doc__)
-    flags.add_argument("--output", type=Path, default=results.default_folder(), help="folder for the JSON results")
+    flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON results")
     flags.add_argument("--kernel-size", default="256M", help="bytes of the tensor that kernels run on")
     flags.add_argument(
         "--average-size", type=parse_size, default="64M", help="bytes of the largest tensor that is averaged"

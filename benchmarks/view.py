@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onebit.benchmarks.results import Document
+from onebit.benchmarks.record import Document
 from onebit.benchmarks.sizes import format_size
 
 Cells = dict[str, str]

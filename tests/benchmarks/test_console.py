@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from onebit.benchmarks import console, view
-from onebit.benchmarks.results import Document
+from onebit.benchmarks.record import Document
 
 
 def test_a_narrow_terminal_cuts_off_no_figure(

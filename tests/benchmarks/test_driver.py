@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from onebit.benchmarks import CASES, Case, Row, Setting, Sweep, drive, select
+from onebit.benchmarks import CASES, Case, Row, Setting, Sweep, drive, select, station
 from onebit.benchmarks.collectives import Exchange
 from onebit.comm import make_backend, run_threads
 from onebit.comm.backend import Backend
@@ -19,23 +19,36 @@ QUICK = Sweep(iterations=2, warmup=1)
 NUMELS = (1, 1000, 1024, 5000)  # less than a block, less than a block and odd, a block, several and a rest
 
 
-def sleeper(name: str, seconds: Callable[[int], float], **options: Any) -> Case[list[int]]:
-    """A case that sleeps as long as `seconds` says for its run number, and moves 1e9 bytes."""
+class Clock:
+    """A clock that stands still but for what cases say they take."""
 
-    def run(state: list[int]) -> None:
-        state.append(0)
-        time.sleep(seconds(len(state)))
+    def __init__(self) -> None:
+        self.now = 0.0
 
-    return Case(
-        name=name,
-        summary=name,
-        family="sleepers",
-        moved=lambda setting: 1e9,
-        inputs=lambda setting: [],
-        run=run,
-        check=lambda state: lambda: 0,
-        **options,
-    )
+    def case(self, name: str, seconds: Callable[[int], float], **options: Any) -> Case[list[int]]:
+        """A case that takes `seconds` of its run number, which counts from 1, and moves 1e9 bytes."""
+
+        def run(state: list[int]) -> None:
+            state.append(0)
+            self.now += seconds(len(state))
+
+        return Case(
+            name=name,
+            summary=name,
+            family="timed",
+            moved=lambda setting: 1e9,
+            inputs=lambda setting: [],
+            run=run,
+            check=lambda state: lambda: 0,
+            **options,
+        )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(station, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda seconds: None))
+    return clock
 
 
 def alone(numel: int, **options: Any) -> Setting:
@@ -99,35 +112,49 @@ def test_an_error_on_one_rank_makes_wrong_non_zero_on_all() -> None:
     assert [row.wrong for [row] in rows] == [5001, 5001]
 
 
-def test_a_ratio_is_the_median_of_pairs_of_one_round() -> None:
-    # Both sides slow down threefold in every second round, as on a machine that others use too.
-    pace: Callable[[int], float] = lambda run: 0.03 if run % 2 else 0.01  # noqa: E731
-    yardstick = sleeper("plain", lambda run: 2 * pace(run), role="plain")
-    case = sleeper("case", pace, against=("plain",))
+def test_a_ratio_is_the_median_of_pairs_of_one_round(clock: Clock) -> None:
+    # Both slow down tenfold in every second round, as on a machine that others use too; once, one of them alone does.
+    yardstick = clock.case("plain", lambda run: 20.0 if run % 2 else 2.0, role="plain")
+    case = clock.case("case", lambda run: 40.0 if run == 5 else 10.0 if run % 2 else 1.0, against=("plain",))
     row = drive([yardstick, case], [alone(1)], Sweep(iterations=6, warmup=2))[1]
-    assert row.ratios["plain"].low == pytest.approx(2.0, rel=0.25)  # sleeps end late when the machine is busy
-    assert row.ratios["plain"].median == pytest.approx(2.0, rel=0.25)
+    assert row.ratios["plain"].median == 2.0
+    assert row.ratios["plain"].high == 2.0
 
 
-def test_the_yardstick_is_the_fastest_of_its_role() -> None:
-    slow, fast = (sleeper(f"copy-{i}", lambda run, s=s: s, role="copy") for i, s in enumerate((0.06, 0.02)))
-    rows = drive([slow, fast, sleeper("case", lambda run: 0.02, against=("copy",))], [alone(1)], QUICK)
-    assert rows[2].ratios["copy"].median == pytest.approx(1.0, rel=0.4)
+def test_the_yardstick_is_the_fastest_of_its_role(clock: Clock) -> None:
+    copies = [clock.case(f"copy-{seconds}", lambda run, s=seconds: s, role="copy") for seconds in (6.0, 2.0, 3.0)]
+    rows = drive([*copies, clock.case("case", lambda run: 1.0, against=("copy",))], [alone(1)], QUICK)
+    assert rows[-1].ratios["copy"].median == 2.0
 
 
-def test_a_case_without_its_yardstick_has_no_ratio() -> None:
-    [row] = drive([sleeper("case", lambda run: 0.0, against=("copy",))], [alone(1)], QUICK)
+def test_algbw_is_bytes_over_the_median_time(clock: Clock) -> None:
+    [row] = drive(
+        [clock.case("case", lambda run: (1.0, 9.0, 0.5, 0.0)[run - 1])], [alone(1)], Sweep(iterations=3, warmup=0)
+    )
+    assert row.algbw == 1.0
+    assert row.seconds == (1.0, 9.0, 0.5)
+    assert (row.time.low, row.time.median) == (0.5, 1.0)
+
+
+def test_a_case_without_its_yardstick_has_no_ratio(clock: Clock) -> None:
+    [row] = drive([clock.case("case", lambda run: 1.0, against=("copy",))], [alone(1)], QUICK)
     assert row.ratios == {}
 
 
-def test_warm_up_runs_are_not_counted() -> None:
-    [row] = drive([sleeper("case", lambda run: 0.1 if run < 3 else 0.0)], [alone(1)], Sweep(iterations=3, warmup=2))
-    assert len(row.seconds) == 3
-    assert max(row.seconds) < 0.1
+def test_warm_up_runs_are_not_counted(clock: Clock) -> None:
+    [row] = drive([clock.case("case", lambda run: float(run))], [alone(1)], Sweep(iterations=3, warmup=2))
+    assert row.seconds == (3.0, 4.0, 5.0)
 
 
-def test_unchecked_rows_say_so() -> None:
-    [row] = drive([sleeper("case", lambda run: 0.0)], [alone(1)], Sweep(iterations=1, warmup=0, check=False))
+def test_stages_are_means_over_timed_runs(clock: Clock) -> None:
+    # Run number n spends n seconds in its stage: 2 to 4 after one run of warm-up.
+    case = clock.case("case", lambda run: 1.0, stages=lambda state: {"encode": float(sum(range(len(state) + 1)))})
+    [row] = drive([case], [alone(1)], Sweep(iterations=3, warmup=1))
+    assert row.stages == {"encode": 3.0}
+
+
+def test_unchecked_rows_say_so(clock: Clock) -> None:
+    [row] = drive([clock.case("case", lambda run: 1.0)], [alone(1)], Sweep(iterations=1, warmup=0, check=False))
     assert row.wrong is None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from onebit.benchmarks import launch, results, suite
+from onebit.benchmarks import launch, record, suite
 from onebit.benchmarks.launch import Host, RankError
 
 
@@ -31,7 +31,7 @@ def alive(pid: int) -> bool:
 def test_the_suite_measures_kernels_and_two_gloo_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     small = ["--kernel-size=64K", "--average-size=64K", "-n2", "--repeats=0"]
     assert suite.main([*small, f"--output={tmp_path}"]) == 0
-    found = {document["name"]: document for document in map(results.load, tmp_path.glob("*.json"))}
+    found = {document["name"]: document for document in map(record.load, tmp_path.glob("*.json"))}
     assert found.keys() == {"kernels", "gloo-2"}
     assert found["gloo-2"]["run"]["ranks"] == 2
     assert all(row["wrong"] == 0 for document in found.values() for row in document["rows"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from onebit.benchmarks import net, results
+from onebit.benchmarks import net, record
 from onebit.benchmarks.namespaces import FORBIDDEN, MISSING, NetworkError, shaped_pair
 
 FakeTool = Callable[[str, str], None]
@@ -93,7 +93,7 @@ class TestOnARealLink:
         assert net.main(["--rate=1gbit", "-e1M", "-n2", f"--output={tmp_path}"]) == 0
         assert namespaces() <= before
         [path] = tmp_path.glob("*-net-1gbit-*.json")
-        plain, compressed = results.load(path)["rows"][-2:]
+        plain, compressed = record.load(path)["rows"][-2:]
         assert plain["wrong"] == compressed["wrong"] == 0
         for row in (plain, compressed):
             # Headers, acknowledgements and a stray barrier come on top of the payload.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onebit.benchmarks import report, results
-from onebit.benchmarks.results import Document
+from onebit.benchmarks import record, report
+from onebit.benchmarks.record import Document
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = """# Title
@@ -24,7 +24,7 @@ after
 
 def written(document: Document, folder: Path) -> str:
     """The page after a report on `document`."""
-    results.save(document, folder / "results")
+    record.save(document, folder / "results")
     page = folder / "page.md"
     page.write_text(PAGE)
     assert report.main([f"--results={folder / 'results'}", f"--page={page}"]) == 0
@@ -55,7 +55,7 @@ def test_a_second_report_changes_nothing(document: Document, tmp_path: Path) -> 
 
 
 def test_the_newest_result_of_a_machine_is_taken(document: Document, tmp_path: Path) -> None:
-    results.save({**document, "created": "2001-01-01T00:00:00+00:00", "rows": []}, tmp_path / "results")
+    record.save({**document, "created": "2001-01-01T00:00:00+00:00", "rows": []}, tmp_path / "results")
     page = written(document, tmp_path)
     assert "2001-01-01" not in page
     assert "`decode`" in page

@@ -24,7 +24,7 @@ def default_folder() -> Path:
     return CHECKOUT if (CHECKOUT.parent / "driver.py").is_file() else ELSEWHERE
 
 
-def document(name: str, run: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> Document:
+def make(name: str, run: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> Document:
     """The document of one run.
 
     name: ``"kernels"``, ``"gloo-2"``, ``"net-1gbit"``, ...; run: how it ran (ranks, backend, link, threads, counts).

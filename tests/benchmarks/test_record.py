@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onebit.benchmarks import machine, results
-from onebit.benchmarks.results import Document
+from onebit.benchmarks import machine, record
+from onebit.benchmarks.record import Document
 
 ROW = {
     "case",
@@ -57,26 +57,26 @@ def test_a_document_tells_no_paths(document: Document) -> None:
 
 
 def test_a_file_is_named_by_machine_kind_name_and_date(document: Document, tmp_path: Path) -> None:
-    path = results.save(document, tmp_path / "new" / "folder")
+    path = record.save(document, tmp_path / "new" / "folder")
     assert path.name == f"{machine.kind()}-tiny-{document['created'][:10]}.json"
-    assert results.load(path) == document
+    assert record.load(path) == document
 
 
 def test_another_schema_is_refused(document: Document, tmp_path: Path) -> None:
-    path = results.save({**document, "schema": 0}, tmp_path)
+    path = record.save({**document, "schema": 0}, tmp_path)
     with pytest.raises(ValueError, match="schema 0"):
-        results.load(path)
+        record.load(path)
 
 
 def test_results_go_beside_the_driver_in_a_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert results.default_folder() == Path("benchmark-results")
+    assert record.default_folder() == Path("benchmark-results")
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "driver.py").touch()
-    assert results.default_folder() == Path("benchmarks/results")
+    assert record.default_folder() == Path("benchmarks/results")
 
 
 def test_wrong_elements_are_summed_and_unchecked_rows_left_out(document: Document) -> None:
     document["rows"][0]["wrong"] = 3
     document["rows"][1]["wrong"] = None
-    assert results.wrong(document) == 3
+    assert record.wrong(document) == 3
