@@ -1,7 +1,7 @@
-"""A process that has imported torch once and forks Gloo ranks, which spares every rank of every launch that import.
+"""A process that has imported torch once and forks ranks, which spares every rank of every launch that import.
 
-It reads one job per line and answers with the ranks' exit statuses. It never runs a tensor operation itself, so no
-thread exists when it forks.
+It reads one job per line and answers with the ranks' exit statuses. It never runs a tensor operation itself, so neither
+threads nor a CUDA context exist when it forks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the same function on every rank of a group of threads, of Gloo processes or of MPI processes.
+"""Runs the same function on every rank of a group of threads, of Gloo or NCCL processes, or of MPI processes.
 
     def check(backend, base):
         ...
@@ -72,7 +72,7 @@ def run_ranks(
     """Call ``function(backend, *args)`` on every rank; returns their results by rank.
 
     Args:
-        kind: ``"threads"``, ``"gloo"`` or ``"mpi"``.
+        kind: ``"threads"``, ``"gloo"``, ``"nccl"`` (a CUDA device per rank, Gloo beside it) or ``"mpi"``.
         timeout: seconds after which all processes are killed.
         backend_timeout: seconds that one collective may take.
         without: ranks of which no result is expected, for the function ends or stops them; they give None, and are
@@ -94,7 +94,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="onebit-ranks-") as name:
         folder = Path(name)
         (folder / JOB).write_bytes(pickle.dumps(job))
-        start = {"gloo": _start_gloo, "mpi": _start_mpi}[kind]
+        start = _start_mpi if kind == "mpi" else _start_torch
         return _results(folder, job, start(folder, job, without), without)
 
 
@@ -125,7 +125,7 @@ def _report(folder: Path, job: Job, rank: int, outcome: Outcome) -> str:
 _forker: subprocess.Popen[str] | None = None
 
 
-def _start_gloo(folder: Path, job: Job, without: Collection[int]) -> dict[int, str]:
+def _start_torch(folder: Path, job: Job, without: Collection[int]) -> dict[int, str]:
     """Have the forker run the ranks; returns how they ended."""
     global _forker
     if _forker is None or _forker.poll() is not None:

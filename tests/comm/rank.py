@@ -26,7 +26,7 @@ class Job:
     """What the ranks of one launch are to do.
 
     Attributes:
-        kind: ``"gloo"`` or ``"mpi"``.
+        kind: ``"gloo"``, ``"nccl"`` or ``"mpi"``.
         function: called as ``function(backend, *args)``.
         backend_timeout: seconds that one collective may take.
         timeout: seconds that the whole launch may take.
@@ -76,11 +76,13 @@ def run_rank(folder: Path, rank: int) -> bool:
 
 
 def _join(job: Job, folder: Path, rank: int) -> Backend:
-    if job.kind == "gloo":
+    if job.kind in ("gloo", "nccl"):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(job.world_size), LOCAL_WORLD_SIZE=str(job.world_size))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if job.kind == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo",
+            "gloo" if job.kind == "gloo" else "cpu:gloo,cuda:nccl",
             init_method=f"file://{folder}/meeting",
             rank=rank,
             world_size=job.world_size,
