@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onebit.comm import Backend, CompressedAllreduce, Residual
+from onebit.comm import Backend, CompressedAllreduce, DenseAllreduce, Residual, broadcast
 from onebit.compress import SignCodec
 from tests.comm import oracle
 
@@ -145,10 +145,28 @@ def trace(
     return seen
 
 
+def dense_trace(backend: Backend, bucket_mb: float = 16.0) -> Trace:
+    """Average the samples in fp32 a few times, and then make them rank 1's."""
+    seen = Trace()
+    reduce = DenseAllreduce(samples(0, 0), backend, bucket_mb=bucket_mb)
+    for call in range(2):
+        tensors = samples(backend.rank, call)
+        with recorded(backend) as sent:
+            reduce(tensors)
+        seen.outputs.append(tensors)
+        seen.sent += sent
+    tensors = samples(backend.rank, 2)
+    broadcast(tensors, backend, source=backend.size - 1)
+    seen.outputs.append(tensors)
+    return seen
+
+
 def traces(backend: Backend) -> dict[str, Trace]:
-    """One rank's traces with every codec, and with many buckets."""
+    """One rank's traces with every codec, with many buckets, and without compression."""
     seen = {name: trace(backend, codec) for name, codec in CODECS.items()}
     seen["small buckets"] = trace(backend, CODECS["64 mean"], bucket_mb=SMALL_BUCKET)
+    seen["dense"] = dense_trace(backend)
+    seen["dense, small buckets"] = dense_trace(backend, SMALL_BUCKET)
     return seen
 
 

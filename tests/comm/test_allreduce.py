@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from onebit.comm import Backend, CompressedAllreduce, InputError, Residual, compressed_allreduce, run_threads
 from onebit.compress import SignCodec
 from tests.comm import oracle
-from tests.comm.launcher import GLOO, MPI, run_ranks
+from tests.comm.launcher import GLOO, MPI
 from tests.comm.samples import (
     CODECS,
     NUMELS,
@@ -89,8 +89,10 @@ def test_every_rank_gets_the_same_bits(world_size: int, bucket_mb: float) -> Non
 
 
 @pytest.mark.parametrize(("kind", "world_size"), [*GLOO, *MPI])
-def test_processes_exchange_the_same_bytes_as_threads_and_end_with_the_same_bits(kind: str, world_size: int) -> None:
-    per_rank = run_ranks(kind, world_size, traces)
+def test_processes_exchange_the_same_bytes_as_threads_and_end_with_the_same_bits(
+    process_traces: Callable[[str, int], list[dict[str, Trace]]], kind: str, world_size: int
+) -> None:
+    per_rank = process_traces(kind, world_size)
     for seen, expected in zip(per_rank, run_threads(world_size, traces), strict=True):
         for name, reference in expected.items():
             assert seen[name].sent == reference.sent, f"payloads, {name}"
