@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from onebit.compress import Layout, SignCodec, pack_signs, set_num_threads, unpack_signs
+from onebit.compress import Layout, SignCodec, pack_signs, reference, set_num_threads, unpack_signs
 from onebit.compress.kernels import DTYPES, IMPLEMENTATIONS, OPERATORS
 from tests.compress import oracle, samples
 
@@ -242,6 +242,25 @@ def test_large_outputs_that_are_written_past_the_cache_are_right(dtype: torch.dt
     assert torch.equal(out, torch.where(signs, 3.0, -3.0).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernels", samples.KERNELS)
+def test_decode_rounds_to_the_nearest_number_and_ties_to_the_even_one(kernels: str, dtype: torch.dtype) -> None:
+    ties = [1 + odd * 2.0**-bits for odd in (1, 3) for bits in (8, 11)]  # halfway between two of bf16, of fp16
+    edges = [65519.0, 65520.0, 3.3895314e38, 3.4e38, 2.0**-25, 1.5 * 2.0**-24, 2.0**-134, 1e-45, torch.nan]
+    scales = torch.tensor([*ties, *edges])
+    codec = SignCodec(block_size=64, kernels=kernels)
+    # 40 elements of each: a whole word and part of one. The mean of one element is exact, so the others are masked.
+    xs = [torch.full((40,), float(scale)) for scale in scales]
+    (layout,) = codec.plan(xs)
+    mask = torch.full((layout.padded_numel // 8,), 0xFF, dtype=torch.uint8)
+    mask[::8] = 0xFE
+    outs = [torch.empty(40, dtype=dtype) for _ in xs]
+    codec.decode(codec.encode(xs, layout=layout, mask=mask), outs, layout=layout)
+    signs = torch.where(torch.arange(40) == 0, 1.0, -1.0)  # masked elements were sent as -
+    expected = [torch.where(torch.isnan(x), x, x * signs) for x in xs]
+    assert_same_numbers(torch.cat(outs), torch.cat(expected).to(dtype))
+
+
 @pytest.mark.parametrize("kernels", samples.KERNELS)
 def test_a_tensor_of_one_element_comes_back_exactly(kernels: str) -> None:
     for block_size, scale in itertools.product(samples.BLOCK_SIZES, ("mean", "rms")):
@@ -332,6 +351,16 @@ def test_huge_values_whose_sum_overflows_have_a_finite_scale(kernels: str, scale
     # Each of at most 23 roundings may lose half a unit in the last place; up, the scale stops at the largest number.
     assert torch.allclose(back, torch.full((5000,), -largest), rtol=23 * oracle.UNIT, atol=0)
     assert residual.isfinite().all()
+
+
+@pytest.mark.parametrize("squared", [False, True], ids=["mean", "rms"])
+def test_a_scale_at_the_top_of_the_range_stops_there_however_its_sum_was_rounded(squared: bool) -> None:
+    """2²⁴ + 1 elements count as 2²⁴ in fp32: their sum over that is too large."""
+    largest, count = torch.finfo(torch.float32).max, 2**24 + 1
+    term = (largest * reference.RESCUE) ** (2 if squared else 1)
+    rescued = torch.tensor([term * (count + 1)])
+    scales = reference.scales_from_sums(torch.tensor([torch.inf]), rescued, torch.tensor([count]), squared)
+    assert scales.tolist() == [largest]
 
 
 @pytest.mark.parametrize("kernels", samples.KERNELS)

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from numba.core import analysis, compiler, ir
 
 from onebit.compress import InputError, SignCodec, num_threads, set_num_threads
+from onebit.compress.cpu import kernels
 from onebit.compress.launch_env import LAUNCHERS
 from onebit.compress.threads import share_out
 from tests.compress import samples
@@ -179,7 +181,7 @@ def test_eight_threads_at_once_get_right_results(block_size: int | None) -> None
 
     def rank(seed: int) -> None:
         start.wait()
-        for _ in range(3):
+        for _ in range(5):
             results[seed].append(work(seed, codec))
 
     threads = [threading.Thread(target=rank, args=(seed,)) for seed in range(8)]
@@ -187,7 +189,29 @@ def test_eight_threads_at_once_get_right_results(block_size: int | None) -> None
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert results == [[e] * 3 for e in expected]
+    assert results == [[e] * 5 for e in expected]
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        kernels.encode_blocks,
+        kernels.reduce_encode_blocks,
+        kernels.decode_blocks,
+        kernels.pack_words,
+        kernels.unpack_words,
+    ],
+)
+def test_no_array_of_a_kernel_is_freed_before_its_loops_have_ended(kernel: Callable[..., None]) -> None:
+    """Numba frees an array after its last use, and work on its address is none; another thread may take the memory."""
+    code = compiler.run_frontend(kernel, emit_dels=True)
+    graph = analysis.compute_cfg_from_blocks(code.blocks)
+    loops = {loop.header for loop in graph.loops().values()}
+    assert loops
+    for label, block in code.blocks.items():
+        freed = {instruction.value for instruction in block.find_insts(ir.Del)}
+        if "scratch" in freed:
+            assert not loops & {label, *graph.descendents(label)}, "a loop still uses its address"
 
 
 def in_forked_child(function: Callable[[], bool], seconds: float = 60) -> bool:
