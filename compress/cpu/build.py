@@ -17,23 +17,31 @@ from numba.core import config
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
+_kernels: dict[Callable[..., None], Callable[..., None]] = {}
 
 
 def compile_kernel(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function of int64 arguments that returns nothing; the GIL is released while it runs.
 
-    Ranks that start together with an empty cache take turns, so one compiles and the others load.
+    Threads that ask for it at once get the same one. Ranks that start together with an empty cache take turns, so one
+    compiles and the others load.
     """
-    signature = void(*[int64] * function.__code__.co_argcount)
     with _lock:
-        folder = _cache_folder()
-        if folder is not None:
-            try:
-                with _one_process(folder), _cache_in(folder):
-                    return njit(signature, nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
-            except OSError as error:  # such as a full disk
-                _say_uncached(error)
-        return njit(signature, nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+        if function not in _kernels:
+            _kernels[function] = _compile(function)
+        return _kernels[function]
+
+
+def _compile(function: Callable[..., None]) -> Callable[..., None]:
+    signature = void(*[int64] * function.__code__.co_argcount)
+    folder = _cache_folder()
+    if folder is not None:
+        try:
+            with _one_process(folder), _cache_in(folder):
+                return njit(signature, nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
+        except OSError as error:  # such as a full disk
+            _say_uncached(error)
+    return njit(signature, nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 @functools.cache
