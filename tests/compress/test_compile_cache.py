@@ -9,6 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +169,24 @@ def test_a_changed_source_is_compiled_into_a_folder_of_its_own(cache: Path, monk
     assert build._cache_folder() not in folders
 
 
+def test_threads_that_need_a_kernel_at_once_compile_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+
+    def slowly(function: Callable[..., None]) -> Callable[..., None]:
+        time.sleep(0.1)
+        compiled.append(function)
+        return lambda *_: None
+
+    monkeypatch.setattr(build, "_compile", slowly)
+    monkeypatch.setattr(build, "_kernels", {})
+    with ThreadPoolExecutor(8) as pool:
+        results = set(pool.map(build.compile_kernel, [nothing] * 8))
+    assert compiled == [nothing]
+    assert len(results) == 1
+
+
 def test_compiling_leaves_numbas_own_cache_folder_to_the_user(cache: Path) -> None:
-    build.compile_kernel(nothing)(1, 2)
+    build._compile(nothing)(1, 2)
     assert str(cache) == numba.core.config.CACHE_DIR
     assert list(cache.glob("onebit/*/*/*.nbc"))
 
@@ -180,7 +199,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(
 
     monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "save", no_space)
     with caplog.at_level(logging.WARNING, logger="onebit"):
-        build.compile_kernel(nothing)(1, 2)
+        build._compile(nothing)(1, 2)
     assert "No space left" in caplog.text
 
 
@@ -194,7 +213,7 @@ def test_a_user_without_a_home_gets_kernels(
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     with caplog.at_level(logging.WARNING, logger="onebit"):
-        build.compile_kernel(nothing)(1, 2)
+        build._compile(nothing)(1, 2)
     assert "home directory" in caplog.text
 
 
@@ -225,5 +244,5 @@ def test_a_file_system_without_locks_is_no_hindrance(cache: Path, monkeypatch: p
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    build.compile_kernel(nothing)(1, 2)
+    build._compile(nothing)(1, 2)
     assert list(cache.glob("onebit/*/*/*.nbc"))
