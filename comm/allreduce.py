@@ -19,7 +19,7 @@ from onebit.comm.bucket import Bucket
 from onebit.comm.errors import TransportError
 from onebit.comm.residual import Place, Residual
 from onebit.comm.stats import Stats, fp32_bytes
-from onebit.comm.tensors import Tensors, agree_on_tensors, all_finite, as_list, check_same, describe, resolve
+from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, all_finite, as_list, check_same, resolve
 from onebit.compress import SignCodec
 from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout
@@ -71,7 +71,7 @@ class CompressedAllreduce:
         place = self._plan(tensors, max(int(bucket_mb * 2**20) // 4, 1))
         agree_on_tensors(self.backend, "CompressedAllreduce", tensors, options, self.residual.refusal(place))
         self.stats = Stats()
-        self._like = [describe(t) for t in tensors]
+        self._like = [Kind.of(t) for t in tensors]
         self._device = place.device
         self._numel = sum(place.numels)
         self._buckets = self._make_buckets(place)
@@ -99,7 +99,7 @@ class CompressedAllreduce:
                 f"rank {self.backend.rank}: start() again before the last work's wait(); its buffers are still in use"
             )
         listed = as_list(tensors)
-        check_same(self.backend.rank, listed, self._like, self._device)
+        check_same(self.backend.rank, listed, self._like)
         work = CompressedWork(self, listed)
         if self._buckets:
             self._flight = work
@@ -233,7 +233,7 @@ class CompressedWork:
             InputError: other shapes, dtypes or device; nothing was changed.
         """
         targets = as_list(out)
-        check_same(self._owner.backend.rank, targets, self._owner._like, self._owner._device)
+        check_same(self._owner.backend.rank, targets, self._owner._like)
         rows = self._owner._rows(targets, copy=False) if self._buckets else self._given
         for bucket in self._buckets:
             self._decode(bucket, rows)

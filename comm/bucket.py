@@ -27,6 +27,7 @@ class Bucket:
 
     def __init__(self, codec: SignCodec, layout: Layout, backend: Backend, worker: Tensor, server: Tensor) -> None:
         self._codec = codec
+        self._operators = codec.unchecked(worker.device)
         self._layout, self._used = layout.of_used_tensors()
         self._backend = backend
         self._worker = worker
@@ -47,7 +48,7 @@ class Bucket:
 
     def encode(self, tensors: Sequence[Tensor]) -> None:
         """Fill the send buffer from the whole list of tensors."""
-        self._codec.encode(self._parts(tensors), self._worker, layout=self._layout, mask=self._mask, out=self._sent)
+        self._operators.encode(self._parts(tensors), self._worker, self._mask, self._sent, self._layout)
         self._encoded, self._reduced = True, False
 
     def exchange(self) -> None:
@@ -61,14 +62,8 @@ class Bucket:
 
     def reduce_encode(self) -> None:
         """Encode the mean of what came."""
-        self._codec.reduce_encode(
-            self._received,
-            self._server,
-            layout=self._layout,
-            chunk=self._backend.rank,
-            mask=self._mask,
-            out=self._mine,
-        )
+        payloads = self._received.view(self._backend.size, -1)
+        self._operators.reduce_encode(payloads, self._server, self._mask, self._mine, self._layout, self._backend.rank)
         self._reduced = True
 
     def gather(self) -> None:
@@ -86,7 +81,7 @@ class Bucket:
 
     def decode(self, tensors: Sequence[Tensor]) -> None:
         """Write the mean to this bucket's part of the whole list of tensors."""
-        self._codec.decode(self._gathered, self._parts(tensors), layout=self._layout, mask=self._mask)
+        self._operators.decode(self._gathered, self._mask, self._parts(tensors), self._layout)
         self._encoded = False
 
     def undo(self, tensors: Sequence[Tensor]) -> None:

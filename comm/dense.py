@@ -10,7 +10,7 @@ from torch import Tensor
 from onebit.comm.allreduce import DEFAULT_BUCKET_MB, check_bucket_mb
 from onebit.comm.backend import Backend, Work
 from onebit.comm.stats import Stats, fp32_bytes
-from onebit.comm.tensors import Tensors, agree_on_tensors, as_list, check_same, describe, resolve
+from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, as_list, check_same, resolve
 from onebit.compress.errors import InputError
 from onebit.compress.layout import ceil_div
 
@@ -37,7 +37,7 @@ class DenseAllreduce:
         self.backend: Backend = resolve(tensors, backend)
         agree_on_tensors(self.backend, "DenseAllreduce", tensors, {"bucket_mb": check_bucket_mb(bucket_mb)})
         self.stats = Stats()
-        self._like = [describe(t) for t in tensors]
+        self._like = [Kind.of(t) for t in tensors]
         self._device = tensors[0].device if tensors else torch.device("cpu")
         self._numel = sum(t.numel() for t in tensors)
         most = max(int(bucket_mb * 2**20) // 4, 1)
@@ -62,7 +62,7 @@ class DenseAllreduce:
         if self._in_flight:
             raise InputError(f"rank {self.backend.rank}: start() again before the last work's wait()")
         listed = as_list(tensors)
-        check_same(self.backend.rank, listed, self._like, self._device)
+        check_same(self.backend.rank, listed, self._like)
         self.stats.calls += 1
         self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
         self._in_flight = bool(self._buckets)
@@ -87,7 +87,7 @@ class DenseWork:
         """
         owner = self._owner
         targets = self._tensors if out is None else as_list(out)
-        check_same(owner.backend.rank, targets, owner._like, owner._device)
+        check_same(owner.backend.rank, targets, owner._like)
         owner._in_flight = False
         for bucket in owner._buckets:
             with owner.stats.stage("all_to_all", owner.backend):

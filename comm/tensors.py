@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,8 +59,26 @@ def agree_on_tensors(
     agree(backend, subject, facts, _refusal(backend, subject, tensors) or refusal)
 
 
-def check_same(rank: int, tensors: Sequence[Tensor], like: Sequence[str], device: torch.device) -> None:
-    """Raise unless the tensors of a call are described as those that the average was made for.
+@dataclass(frozen=True)
+class Kind:
+    """What a tensor has in common with another that can take its place."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: Tensor) -> Kind:
+        """The kind of `tensor`."""
+        return Kind(tensor.dtype, tensor.shape, tensor.device)
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is of this kind."""
+        return tensor.dtype == self.dtype and tensor.shape == self.shape and tensor.device == self.device
+
+
+def check_same(rank: int, tensors: Sequence[Tensor], like: Sequence[Kind]) -> None:
+    """Raise unless the tensors of a call are of the kinds that the average was made for.
 
     Raises:
         InputError: another number, shape, dtype or device.
@@ -67,10 +86,10 @@ def check_same(rank: int, tensors: Sequence[Tensor], like: Sequence[str], device
     if len(tensors) != len(like):
         raise InputError(f"rank {rank}: made for {len(like)} tensors, called with {len(tensors)}")
     for index, (t, expected) in enumerate(zip(tensors, like, strict=True)):
-        if describe(t) != expected or t.device != device:
+        if not expected.fits(t):
             raise InputError(
-                f"rank {rank}: tensor {index} was {expected} on {device} when this average was made, and is "
-                f"{describe(t)} on {t.device} now; make a new one when shapes change"
+                f"rank {rank}: tensor {index} was {describe(expected)} on {expected.device} when this average was "
+                f"made, and is {describe(t)} on {t.device} now; make a new one when shapes change"
             )
 
 
@@ -83,7 +102,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm.float() for norm in largest]).isfinite().all()
 
 
-def describe(tensor: Tensor) -> str:
+def describe(tensor: Tensor | Kind) -> str:
     """Dtype and shape, as messages and fingerprints say them."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onebit.compress.errors import InputError
-from onebit.compress.kernels import DTYPES, kernels_for
+from onebit.compress.kernels import DTYPES, Kernels, kernels_for
 from onebit.compress.layout import ALIGNMENT, Layout, plan
 
 
@@ -50,6 +50,14 @@ class SignCodec:
     def kernels_on(self, device: torch.device | str) -> str:
         """Return the name of the implementation that runs for tensors on `device`."""
         return kernels_for(torch.device(device), self.kernels).name
+
+    def unchecked(self, device: torch.device) -> SignOperators:
+        """Return the operators without checks, for who makes the same call again and again.
+
+        The checked methods below say what the arguments must be; here `mask` has layout.padded_numel / 8 bytes, and
+        payloads are (ranks, payload_bytes).
+        """
+        return SignOperators(kernels_for(device, self.kernels), self.scale == "rms")
 
     def plan(
         self, tensors: Sequence[Tensor | int], chunks: int = 1, bucket_numel: int | None = None
@@ -95,9 +103,7 @@ class SignCodec:
         _check_residual(residual, layout.padded_numel, layout, device)
         mask = _full_mask(mask, layout, device)
         out = _payload_output(out, layout.chunks, layout, device)
-        if layout.blocks:
-            squared = self.scale == "rms"
-            kernels_for(device, self.kernels).encode(tensors, residual, mask, out, layout, squared)
+        self.unchecked(device).encode(tensors, residual, mask, out, layout)
         return out
 
     def reduce_encode(
@@ -135,9 +141,7 @@ class SignCodec:
         _check_residual(residual, layout.chunk_numel, layout, device, chunk)
         mask = _full_mask(mask, layout, device)
         out = _payload_output(out, 1, layout, device)
-        if layout.blocks:
-            squared = self.scale == "rms"
-            kernels_for(device, self.kernels).reduce_encode(rows, residual, mask, out, layout, chunk, squared)
+        self.unchecked(device).reduce_encode(rows, residual, mask, out, layout, chunk)
         return out
 
     def decode(
@@ -175,8 +179,7 @@ class SignCodec:
         if layout.blocks and rows.shape[0] != layout.chunks:
             raise InputError(f"decode: expected {layout.chunks} payloads, one per chunk, got {rows.shape[0]}")
         mask = _full_mask(mask, layout, device)
-        if layout.blocks:
-            kernels_for(device, self.kernels).decode(rows, mask, tensors, layout)
+        self.unchecked(device).decode(rows, mask, tensors, layout)
         return out
 
     def all_finite(self, payloads: Tensor, layout: Layout) -> Tensor:
@@ -215,6 +218,39 @@ class SignCodec:
                         "when shapes change"
                     )
         return layout
+
+
+@dataclass(frozen=True)
+class SignOperators:
+    """One implementation of the operators with the options of one `SignCodec`; nothing is checked."""
+
+    kernels: Kernels
+    squared: bool
+
+    def encode(
+        self, tensors: Sequence[Tensor], residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout
+    ) -> None:
+        """As `SignCodec.encode`."""
+        if layout.blocks:
+            self.kernels.encode(tensors, residual, mask, out, layout, self.squared)
+
+    def reduce_encode(
+        self,
+        payloads: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        out: Tensor,
+        layout: Layout,
+        chunk: int,
+    ) -> None:
+        """As `SignCodec.reduce_encode`."""
+        if layout.blocks:
+            self.kernels.reduce_encode(payloads, residual, mask, out, layout, chunk, self.squared)
+
+    def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
+        """As `SignCodec.decode`."""
+        if layout.blocks:
+            self.kernels.decode(payloads, mask, tensors, layout)
 
 
 def pack_signs(x: Tensor, out: Tensor | None = None, *, kernels: str | None = None) -> Tensor:
