@@ -191,6 +191,8 @@ def _free_duplicate(communicator: Any, keyval: int, duplicate: Any) -> None:
 
 
 def _abort_if_open(mpi: Any) -> None:
+    if mpi.Is_finalized():
+        return
     try:
         poll(lambda: all(handle.complete() for handle in _open), EXIT_GRACE)
     except (TimeoutError, mpi.Exception) as error:

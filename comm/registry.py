@@ -31,7 +31,7 @@ def make_backend(
             initialised; else this process alone, unless a launcher has started others.
         device: where the tensors are; it chooses between the Gloo and the NCCL half of a group that has both. None: cpu
             if the group can carry it.
-        timeout: seconds that a collective may take; None: `DEFAULT_TIMEOUT`.
+        timeout: seconds that a collective may take; None: `DEFAULT_TIMEOUT`. Not for NCCL, whose groups have their own.
 
     Raises:
         BackendError: unknown, not available, not initialised, or not for that device; the message has the remedy.

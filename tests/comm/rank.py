@@ -28,7 +28,7 @@ class Job:
     Attributes:
         kind: ``"gloo"``, ``"nccl"`` or ``"mpi"``.
         function: called as ``function(backend, *args)``.
-        backend_timeout: seconds that one collective may take.
+        backend_timeout: seconds that one collective may take; over NCCL it is `timeout`.
         timeout: seconds that the whole launch may take.
     """
 
@@ -88,4 +88,4 @@ def _join(job: Job, folder: Path, rank: int) -> Backend:
             world_size=job.world_size,
             timeout=timedelta(seconds=job.timeout),
         )
-    return make_backend(job.kind, timeout=job.backend_timeout)
+    return make_backend(job.kind, timeout=None if job.kind == "nccl" else job.backend_timeout)

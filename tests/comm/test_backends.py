@@ -20,14 +20,16 @@ from onebit.comm import mpi_backend
 from onebit.comm.backend import SUMMABLE, Backend, Work
 from onebit.comm.errors import BackendError
 from onebit.comm.registry import make_backend
+from onebit.comm.torch_backend import SMALL_GATHER
 from tests.comm.launcher import GLOO, MPI, RANKS, run_ranks
 
 DTYPES = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn),
 )
-# Elements in one piece: one, odd, and in wide dtypes more bytes than Gloo's small gather and MPI's eager messages.
+# Elements in one piece: one, odd, and more bytes than what transports send eagerly.
 PIECES = (1, 7, 12_001)
+LARGE = SMALL_GATHER // 2 + 1  # bytes that two ranks cannot gather by Gloo's way for little ones
 FILL = 0xAB
 
 Bytes = NDArray[np.uint8]
@@ -92,6 +94,13 @@ def check_all_gather_moves_every_byte(backend: Backend) -> None:
             work.wait()
             assert np.array_equal(as_bytes(received), gathered(backend, k, dtype)), (dtype, k)
             assert np.array_equal(as_bytes(sent), bytes_of(backend.rank, k, dtype)), (dtype, k)
+
+
+def check_large_pieces_arrive(backend: Backend) -> None:
+    for start, expected in ((start_all_to_all, exchanged), (start_all_gather, gathered)):
+        work, received, _ = start(backend, LARGE, torch.uint8)
+        work.wait()
+        assert np.array_equal(as_bytes(received), expected(backend, LARGE, torch.uint8))
 
 
 def check_all_reduce_sums_integers_exactly(backend: Backend) -> None:
@@ -209,6 +218,7 @@ def check_wrong_arguments_are_refused_and_nothing_is_sent(backend: Backend) -> N
 EVERYWHERE = [
     check_all_to_all_moves_every_byte,
     check_all_gather_moves_every_byte,
+    check_large_pieces_arrive,
     check_all_reduce_sums_integers_exactly,
     check_all_reduce_gives_every_rank_the_same_bits_of_a_good_sum,
     check_zero_length_tensors_pass,
@@ -259,6 +269,21 @@ def check_mpi_sub_communicators(backend: Backend) -> None:
         make_backend(between)
     between.Free()
     half.Free()
+
+
+def check_mpi_is_found_by_name_and_by_communicator(backend: Backend) -> None:
+    from mpi4py import MPI
+
+    for spec in ("mpi", MPI.COMM_WORLD):
+        assert (make_backend(spec).name, make_backend(spec).size) == ("mpi", backend.size)
+    with pytest.raises(BackendError, match=f"a launcher has started {backend.size} ranks"):
+        make_backend()
+    with pytest.raises(BackendError, match="null communicator"):
+        make_backend(MPI.COMM_NULL)
+    with pytest.raises(BackendError, match="carries cpu tensors"):
+        make_backend("mpi", device="cuda")
+    with pytest.raises(BackendError, match="expected an mpi4py communicator, got str"):
+        mpi_backend.MpiBackend("world")
 
 
 def check_mpi_messages_of_the_user_do_not_collide_with_ours(backend: Backend) -> None:
@@ -316,6 +341,7 @@ CHECKS = {
     "gloo": [*EVERYWHERE, check_gloo_sub_groups],
     "mpi": [
         *EVERYWHERE,
+        check_mpi_is_found_by_name_and_by_communicator,
         check_mpi_sub_communicators,
         check_mpi_messages_of_the_user_do_not_collide_with_ours,
         check_mpi_second_backend_of_a_communicator_costs_no_second_duplicate,

@@ -15,7 +15,7 @@ from onebit.comm.errors import TransportError
 from onebit.comm.registry import make_backend
 from tests.comm.launcher import RanksFailed, needs_mpi, run_ranks
 
-TIMEOUT = 1.0
+TIMEOUT = 0.5
 LATE = 3.0  # seconds that a busy machine may take to notice that it is over
 LONG = 600.0  # longer than any test
 
