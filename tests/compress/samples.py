@@ -10,27 +10,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from onebit.compress import Layout, SignCodec
-from onebit.compress.kernels import DTYPES, IMPLEMENTATIONS
+from onebit.compress.kernels import IMPLEMENTATIONS
 from tests.compress import oracle
 
 KERNELS = tuple(IMPLEMENTATIONS)
 BLOCK_SIZES = (32, 96, 1024, 2080, None)  # 96 and 2080 fill no whole number of rows of 128 lanes
-DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 NUMELS = (1, 0, 31, 32, 33, 1024, 1025, 3000, 0, 96)
 
 HUGE = {torch.float32: 3e38, torch.bfloat16: 3e38, torch.float16: 65504.0}
 DENORMAL = {torch.float32: 1e-45, torch.bfloat16: 1e-39, torch.float16: 6e-8}
 SPECIALS = (0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-39, -6e-8, 1e-20, 3e38, -3e38, 65504.0, -1e5)
 NON_FINITE = (float("inf"), float("-inf"), float("nan"))
-
-
-def kinds(dtype: torch.dtype) -> list[str]:
-    """Names of what `values` can make; "poisoned" is the one with non-finite elements."""
-    return ["normal", "sparse", "zeros", "denormal", "huge", "poisoned", "constant", "mixed"]
+KINDS = ("normal", "sparse", "zeros", "denormal", "huge", "poisoned", "constant", "mixed")
 
 
 def values(kind: str, numel: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A tensor of one kind of values."""
+    """A tensor of one of KINDS; "poisoned" is the one with non-finite elements."""
     x = torch.randn(numel, generator=generator)
     if kind == "sparse":
         x *= torch.rand(numel, generator=generator) < 0.01
@@ -53,8 +48,7 @@ def values(kind: str, numel: int, dtype: torch.dtype, generator: torch.Generator
 def tensors(numels: Sequence[int], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     """One tensor per size, each of another kind."""
     generator = torch.Generator().manual_seed(seed)
-    names = kinds(dtype)
-    return [values(names[(i + seed) % len(names)], n, dtype, generator) for i, n in enumerate(numels)]
+    return [values(KINDS[(i + seed) % len(KINDS)], n, dtype, generator) for i, n in enumerate(numels)]
 
 
 def residual_of(layout: Layout, seed: int = 0) -> Tensor:
@@ -128,7 +122,7 @@ def codecs(kernels: str | None = None) -> st.SearchStrategy[SignCodec]:
 def any_tensor(draw: st.DrawFn, numel: int, dtype: torch.dtype, finite: bool = False) -> Tensor:
     """Values of one kind, with special ones strewn in."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    names = [kind for kind in kinds(dtype) if not (finite and kind == "poisoned")]
+    names = [kind for kind in KINDS if not (finite and kind == "poisoned")]
     x = values(draw(st.sampled_from(names)), numel, dtype, generator)
     pool = [*SPECIALS, *(() if finite else NON_FINITE)]
     for _ in range(draw(st.integers(0, 3)) if numel else 0):
