@@ -33,6 +33,10 @@ def as_list(tensors: Tensors) -> list[Tensor]:
 
 def resolve(tensors: Sequence[Tensor], backend: object) -> Backend:
     """The backend to use for these tensors; see `make_backend`."""
+    if isinstance(backend, (str, Backend)):
+        named = make_backend(backend)
+        if named.device_type == "cpu":
+            return named  # it can tell all ranks if one brings tensors that it does not carry; agree_on_tensors does
     device = tensors[0].device if tensors else torch.device("cpu")
     return make_backend(backend, device=device)
 
