@@ -593,3 +593,21 @@ def test_the_mean_over_ranks_does_not_depend_on_buckets_neighbours_or_order(
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return samples.same_bytes(a, b)
+
+
+def test_the_unchecked_operators_write_what_the_checked_ones_do() -> None:
+    codec, xs = SignCodec(scale="rms"), samples.tensors(samples.NUMELS, torch.float32)
+    (layout,) = codec.plan(xs, 3)
+    mask, operators = samples.mask_of(layout), codec.unchecked(torch.device("cpu"))
+    residual = samples.residual_of(layout)
+    expected = codec.encode(xs, residual.clone(), layout=layout, mask=mask)
+    payloads = torch.zeros_like(expected)
+    operators.encode(xs, residual.clone(), mask, payloads, layout)
+    assert same_bits(payloads, expected)
+    rows, mean = payloads.view(3, -1), torch.zeros(layout.payload_bytes, dtype=torch.uint8)
+    operators.reduce_encode(rows, None, mask, mean, layout, 2)
+    assert same_bits(mean, codec.reduce_encode(rows, layout=layout, chunk=2, mask=mask))
+    outs, expected_outs = ([torch.zeros_like(x) for x in xs] for _ in range(2))
+    operators.decode(rows, mask, outs, layout)
+    codec.decode(payloads, expected_outs, layout=layout, mask=mask)
+    assert all(map(same_bits, outs, expected_outs))
