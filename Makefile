@@ -16,7 +16,7 @@ PACKAGES := compress comm optim benchmarks
 # A strict editable install links each file of the packages by name. The stamp's name therefore carries a checksum of the
 # list of these names: a new, moved or deleted file makes a stamp that is not there yet, and the links are made again.
 INSTALLED := $(VENV)/.installed-$(shell find $(PACKAGES) -type f \
-	\( -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json' -o -name py.typed \) \
+	\( -name '*.py' -o -name '*.cu' -o -name '*.cuh' -o -name py.typed \) \
 	2>/dev/null | LC_ALL=C sort | cksum | cut -d' ' -f1)
 REQUIREMENTS := $(VENV)/.requirements
 
