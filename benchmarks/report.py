@@ -22,7 +22,7 @@ SECTION = re.compile(r"(?m)^<!-- results: (?P<name>\S+) -->\n(?:.*\n)*?<!-- end 
 def newest(folder: Path) -> dict[str, list[record.Document]]:
     """For each name the newest result of each kind of machine, kinds in alphabetical order."""
     latest: dict[tuple[str, str], record.Document] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(set(folder.glob("*.json")) - {folder / "gpu-tests.json"}):
         result = record.load(path)
         key = (result["name"], result["kind"])
         if key not in latest or latest[key]["created"] < result["created"]:
@@ -67,7 +67,8 @@ def _caption(result: record.Document) -> str:
     times = f"{run['iterations']} rounds" if "iterations" in run else f"median of {run['repeats']} processes"
     packages = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "numba", "numpy"))
     priority = "" if run["priority"] == "normal" else f"; priority: {run['priority']}"
-    return f"{box['cpu']}, {box['cores']} cores; {ranks}; {times}{priority}; {packages}; {result['created'][:10]}."
+    device = f"{box['cpu']}, {box['cores']} cores" if box["device"] == "cpu" else box["device"]
+    return f"{device}; {ranks}; {times}{priority}; {packages}; {result['created'][:10]}."
 
 
 def _columns_of(row: Mapping[str, Any]) -> Cells:

@@ -20,7 +20,9 @@ OPERATORS = ("encode", "reduce_encode", "decode", "pack_signs", "unpack_signs")
 IMPLEMENTATIONS = {
     "reference": "onebit.compress.reference",
     "cpu": "onebit.compress.cpu.operators",
+    "gpu": "onebit.compress.gpu.operators",
 }
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # the type of device an implementation needs; the reference runs on any
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,14 +71,13 @@ def kernels_for(device: torch.device, name: str | None = None) -> Kernels:
         InputError: no implementation has that name, or it does not run on that device.
     """
     if name is None:
-        name = "cpu" if device.type == "cpu" else "reference"
-        if name == "reference":
-            _say_once(device.type)
+        name = _fastest(device.type)
     if name not in IMPLEMENTATIONS:
         raise InputError(f"no kernels are called {name!r}; there are {', '.join(map(repr, IMPLEMENTATIONS))}")
-    if name == "cpu" and device.type != "cpu":
+    if DEVICES.get(name, device.type) != device.type:
         raise InputError(
-            f"the 'cpu' kernels run on CPU tensors, got one on {device}; leave kernels=None to have them chosen"
+            f"the {name!r} kernels run on {DEVICES[name]} tensors, got one on {device}; leave kernels=None to have "
+            "them chosen"
         )
     return _load(name)
 
@@ -87,9 +88,21 @@ def _load(name: str) -> Kernels:
 
 
 @functools.cache
-def _say_once(device_type: str) -> None:
+def _fastest(device_type: str) -> str:
+    """The implementation for a type of device; what is slow for want of a package is said once."""
+    if device_type == "cpu":
+        return "cpu"
+    try:
+        if device_type == "cuda":
+            importlib.import_module("cupy")
+            return "gpu"
+        why = "there are no faster ones"
+    except ImportError as error:
+        why = f"the CUDA kernels need CuPy, pip install 'onebit[cuda13]' or 'onebit[cuda12]' ({error})"
     _log.warning(
-        "onebit has no compiled kernels for %s tensors here and uses the plain torch reference, which is right but "
-        "many times slower (SignCodec.kernels_on(device) tells which are used)",
+        "onebit uses its plain torch reference for %s tensors, which is right but many times slower than compiled "
+        "kernels: %s. SignCodec.kernels_on(device) tells which are used",
         device_type,
+        why,
     )
+    return "reference"

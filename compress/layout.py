@@ -102,6 +102,11 @@ class Layout:
         return tuple(s for s in spare if s.start < s.stop)
 
     @cached_property
+    def cache(self) -> dict[object, Any]:
+        """What kernels keep with a layout, such as its tables on a device."""
+        return {}
+
+    @cached_property
     def tensor_of_block(self) -> npt.NDArray[np.int32]:
         """(blocks,) int32: which tensor fills a block; 0 for padding."""
         return self._per_block(np.int32, ((s, s.tensor) for s in self.segments))

@@ -509,6 +509,9 @@ def test_codecs_that_send_the_same_bytes_are_equal_whatever_kernels_they_use() -
 def test_the_table_covers_every_operator_and_implementation() -> None:
     assert set(COLUMNS) == set(OPERATORS)
     assert {case.kernels for case in table(tuple(IMPLEMENTATIONS))} == set(IMPLEMENTATIONS)
+    assert set(samples.KERNELS) | {"gpu"} == set(
+        IMPLEMENTATIONS
+    )  # tests/gpu has the table of the one that needs a device
 
 
 def parts(layouts: tuple[Layout, ...], payloads: list[Tensor], residuals: list[Tensor]) -> dict[tuple[int, int], bytes]:

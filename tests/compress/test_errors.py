@@ -59,7 +59,7 @@ CASES: dict[str, tuple[Call, list[str]]] = {
     ),
     "kernels of another device": (
         lambda s: SignCodec(kernels="cpu").encode(s.x.to(META)),
-        ["'cpu' kernels run on CPU tensors", META],
+        ["'cpu' kernels run on cpu tensors", META],
     ),
     # Plans.
     "no chunks": (lambda s: s.codec.plan([N], 0), ["chunks must be at least 1", "0"]),

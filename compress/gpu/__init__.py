@@ -1,0 +1,1 @@
+"""The operators of `SignCodec` on CUDA tensors, by CuPy."""

@@ -1,0 +1,163 @@
+// The operators on blocks of 1024 real elements at aligned addresses, each with a scale of its own: nearly all there are.
+// Straight code over 32 values per lane, so that many warps fit on a multiprocessor and all loads are under way at once.
+#include "block.cuh"
+
+constexpr int BYTES = TILE / 8;  // of signs per block
+
+// Kernels loop, although a launch has a warp for every block: in a loop the compiler starts all loads before the first use.
+__device__ __forceinline__ i64 all_warps() { return (i64)gridDim.x * (blockDim.x / 32); }
+
+__device__ __forceinline__ float sum_of(const float c[32], bool squared, float factor) {
+    float sums[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        float v = factor == 1.0f ? c[i] : __fmul_rn(c[i], factor);
+        sums[i % 4] = __fadd_rn(sums[i % 4], squared ? __fmul_rn(v, v) : fabsf(v));
+    }
+    return fold(sums);
+}
+
+// From c = value + residual: write the scale, the signs, and c - scale · sign(c).
+__device__ __forceinline__ void finish(const float c[32], float* residual, u8* words, float* scale, bool squared, int lane) {
+    float sum = squared ? sum_of(c, true, 1.0f) : sum_of(c, false, 1.0f);
+    float s = __fmul_rn(sum, 1.0f / TILE);  // a power of two: the same as dividing
+    if (squared) s = __fsqrt_rn(s);
+    if (!isfinite(sum)) s = scale_of(sum, sum_of(c, squared, RESCUE), TILE, squared);
+    u32 positive = 0;
+    bool keep = s != s;
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        float rest[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            int i = 4 * row + k;
+            bool plus = c[i] >= 0.0f;
+            if (plus) positive |= 1u << i;
+            rest[k] = __fsub_rn(c[i], plus ? s : -s);
+        }
+        if (!keep) store4(residual + 128 * row + 4 * lane, rest[0], rest[1], rest[2], rest[3]);
+    }
+    positive = transpose_nibbles(positive, lane);
+    reinterpret_cast<u32*>(words)[word_of_lane(lane)] = positive;
+    if (lane == 0) *scale = s;
+}
+
+// ± scale, the sign bit taken from bit `index`: set is -.
+__device__ __forceinline__ float flipped(float scale, u32 negative_bits, int index) {
+    return __uint_as_float(__float_as_uint(scale) ^ (negative_bits << (31 - index) & 0x80000000u));
+}
+
+template <typename T>
+__device__ __forceinline__ void encode_full(
+    const Entry* entries, i64 n, float* residual, u8* out, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, bool squared) {
+    int lane = threadIdx.x & 31;
+    for (i64 warp = warp_index(); warp < n; warp += all_warps()) {
+        Entry entry = entries[warp];
+        const typename T::raw* x = reinterpret_cast<const typename T::raw*>(entry.address);
+        float* r = residual + (i64)entry.block * TILE;
+        float c[32], old[32];
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) load4(T(), x + 128 * row + 4 * lane, c + 4 * row);
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) load4(f32(), r + 128 * row + 4 * lane, old + 4 * row);
+#pragma unroll
+        for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], old[i]);
+        int chunk = entry.block / (int)chunk_blocks;
+        int index = entry.block - chunk * (int)chunk_blocks;
+        u8* payload = out + chunk * payload_bytes;
+        finish(c, r, payload + (i64)index * BYTES, reinterpret_cast<float*>(payload + bits_bytes) + index, squared, lane);
+    }
+}
+
+#define ENCODE(T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) encode_full_##T(                                         \
+        const Entry* entries, i64 n, float* residual, u8* out, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, \
+        i64 squared) {                                                                                         \
+        encode_full<T>(entries, n, residual, out, chunk_blocks, bits_bytes, payload_bytes, squared != 0);      \
+    }
+ENCODE(f32)
+ENCODE(bf16)
+ENCODE(f16)
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4) reduce_encode_full(
+    const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, u8* out, i64 chunk_blocks, i64 bits_bytes,
+    i64 payload_bytes, i64 squared) {
+    int lane = threadIdx.x & 31;
+    i64 warp = warp_index();
+    if (warp >= n) return;
+    int block = entries[warp].block % (int)chunk_blocks, next = 0;
+    for (; warp < n; warp += all_warps(), block = next) {
+        if (warp + all_warps() < n) next = entries[warp + all_warps()].block % (int)chunk_blocks;
+        float* r = residual + (i64)block * TILE;
+        float c[32];
+        const u32* words = reinterpret_cast<const u32*>(payloads + (i64)block * BYTES) + word_of_lane(lane);
+        const float* scales = reinterpret_cast<const float*>(payloads + bits_bytes) + block;
+        i64 stride = payload_bytes / 4;
+        u32 next_bits = words[0];
+        float next_scale = scales[0];
+        for (int rank = 0; rank < (int)ranks; rank++) {
+            u32 bits = next_bits;
+            float share = __fdiv_rn(next_scale, float((int)ranks));
+            if (rank + 1 < (int)ranks) {
+                next_bits = words[(rank + 1) * stride];
+                next_scale = scales[(rank + 1) * stride];
+            }
+            bits = ~transpose_nibbles(bits, lane);
+            if (rank == 0) {
+#pragma unroll
+                for (int i = 0; i < 32; i++) c[i] = flipped(share, bits, i);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], flipped(share, bits, i));
+            }
+        }
+        float old[32];  // loaded as late as this, it leaves registers for more warps
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) load4(f32(), r + 128 * row + 4 * lane, old + 4 * row);
+#pragma unroll
+        for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], old[i]);
+        float* scale = reinterpret_cast<float*>(out + bits_bytes) + block;
+        finish(c, r, out + (i64)block * BYTES, scale, squared != 0, lane);
+    }
+}
+
+// A warp takes two blocks at a time: writing one hides the wait for the next one's few bytes.
+template <typename T>
+__device__ __forceinline__ void decode_full(
+    const u8* payloads, const Entry* entries, i64 n, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes) {
+    int lane = threadIdx.x & 31;
+    typedef typename T::raw raw;
+    for (i64 first = 2 * warp_index(); first < n; first += 2 * all_warps()) {
+        Entry entry[2];
+        float scale[2];
+        u32 bits[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) entry[k] = entries[min(first + k, n - 1)];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            int chunk = entry[k].block / (int)chunk_blocks;
+            int index = entry[k].block - chunk * (int)chunk_blocks;
+            const u8* payload = payloads + chunk * payload_bytes;
+            scale[k] = reinterpret_cast<const float*>(payload + bits_bytes)[index];
+            bits[k] = reinterpret_cast<const u32*>(payload + (i64)index * BYTES)[word_of_lane(lane)];
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            u32 b = transpose_nibbles(bits[k], lane);
+            raw up = narrow(T(), scale[k]), down = narrow(T(), negative(scale[k]));
+            raw* x = reinterpret_cast<raw*>(entry[k].address);
+#pragma unroll
+            for (int row = 0; row < ROWS; row++, b >>= 4)
+                store4(x + 128 * row + 4 * lane, b & 1 ? up : down, b & 2 ? up : down, b & 4 ? up : down, b & 8 ? up : down);
+        }
+    }
+}
+
+#define DECODE(T)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) decode_full_##T(                                              \
+        const u8* payloads, const Entry* entries, i64 n, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes) {     \
+        decode_full<T>(payloads, entries, n, chunk_blocks, bits_bytes, payload_bytes);                              \
+    }
+DECODE(f32)
+DECODE(bf16)
+DECODE(f16)

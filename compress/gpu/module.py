@@ -1,0 +1,49 @@
+"""Compiles a `.cu` file of this folder for the device at hand, and launches its kernels on torch's current stream."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FOLDER = Path(__file__).parent
+THREADS = 256  # per thread block
+
+
+def launch(file: str, kernel: str, device: torch.device, threads: int, *arguments: int) -> None:
+    """Start `kernel` with at least `threads` threads, in blocks of 256, on the current stream of `device`.
+
+    Args:
+        arguments: passed as 64-bit integers: numbers, or addresses from `Tensor.data_ptr`.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
+        stream = _Stream(torch.cuda.current_stream(index).cuda_stream)
+        _function(file, kernel, index)((-(-threads // THREADS),), (THREADS,), arguments, 0, stream)
+
+
+@functools.cache
+def _function(file: str, kernel: str, device: int) -> Any:
+    """A kernel, ready on a device that is the current one."""
+    return _module(file, device).get_function(kernel).kernel
+
+
+@functools.cache
+def _module(file: str, device: int) -> Any:
+    import cupy
+
+    # CuPy keeps the compiled code on disk, under a key of this text, the options and the compiler's version. Products
+    # and sums are rounded one by one: contraction would change the last bit.
+    code = (_FOLDER / file).read_text().replace('#include "block.cuh"', (_FOLDER / "block.cuh").read_text())
+    return cupy.RawModule(code=code, options=("--std=c++17", "--fmad=false", f"-DTHREADS={THREADS}"))
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """torch's stream, as far as CuPy looks at it."""
+
+    ptr: int

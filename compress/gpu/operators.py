@@ -1,0 +1,117 @@
+"""The GPU entries of the operator table: tensors in, addresses out to the CUDA kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from onebit.compress.gpu.module import launch
+from onebit.compress.gpu.tables import chunk_entries, entries, groups
+from onebit.compress.layout import Layout
+
+name = "gpu"
+
+_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_FUSED, _SUMS_ONLY, _GIVEN_SCALES = 0, 1, 2
+_BYTES_OF_SUMS = 16  # per block: two fp32 sums and an int64 count
+
+
+def encode(
+    tensors: Sequence[Tensor], residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout, squared: bool
+) -> None:
+    """As `reference.encode`."""
+    plain = residual is not None and mask is None and residual.data_ptr() % 16 == 0
+    full, others = entries(layout, tensors, out.device, plain)
+    dtype = _dtype(tensors)
+    if full.n:
+        arguments = (full.address, full.n, _address(residual), out.data_ptr(), *_sizes(layout), squared)
+        launch("full.cu", f"encode_full_{dtype}", out.device, 32 * full.n, *arguments)
+
+    def run(stage: int, sums: int) -> None:
+        arguments = (others.address, others.n, _address(residual), _address(mask), out.data_ptr(), sums)
+        shape = (*_sizes(layout), layout.block_size, squared, stage)
+        launch("sign.cu", f"encode_{dtype}", out.device, 32 * others.n, *arguments, *shape)
+
+    if layout.shared_scale:
+        _in_two_visits(run, layout.blocks, out, layout, squared, None)
+    elif others.n:
+        run(_FUSED, 0)
+
+
+def reduce_encode(
+    payloads: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    layout: Layout,
+    chunk: int,
+    squared: bool,
+) -> None:
+    """As `reference.reduce_encode`."""
+    plain = residual is not None and mask is None and residual.data_ptr() % 16 == 0
+    full, others = chunk_entries(layout, chunk, out.device, plain)
+    source = (payloads.data_ptr(), payloads.shape[0])
+    if full.n:
+        arguments = (full.address, full.n, _address(residual), out.data_ptr(), *_sizes(layout), squared)
+        launch("full.cu", "reduce_encode_full", out.device, 32 * full.n, *source, *arguments)
+
+    def run(stage: int, sums: int) -> None:
+        masked = 0 if mask is None else mask.data_ptr() + chunk * layout.chunk_numel // 8
+        arguments = (others.address, others.n, _address(residual), masked, out.data_ptr(), sums)
+        shape = (*_sizes(layout), layout.block_size, squared, stage)
+        launch("sign.cu", "reduce_encode", out.device, 32 * others.n, *source, *arguments, *shape)
+
+    if layout.shared_scale:
+        _in_two_visits(run, layout.chunk_blocks, out, layout, squared, chunk)
+    elif others.n:
+        run(_FUSED, 0)
+
+
+def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
+    """As `reference.decode`."""
+    full, others = entries(layout, tensors, payloads.device, mask is None)
+    dtype = _dtype(tensors)
+    if full.n:
+        arguments = (payloads.data_ptr(), full.address, full.n, *_sizes(layout))
+        launch("full.cu", f"decode_full_{dtype}", payloads.device, 16 * full.n, *arguments)
+    if others.n:
+        masked = (payloads.data_ptr(), others.address, others.n, _address(mask), *_sizes(layout), layout.block_size)
+        launch("sign.cu", f"decode_{dtype}", payloads.device, 32 * others.n, *masked)
+
+
+def pack_signs(x: Tensor, out: Tensor) -> None:
+    """As `reference.pack_signs`."""
+    launch("sign.cu", f"pack_{_dtype([x])}", x.device, x.numel(), x.data_ptr(), x.numel(), out.data_ptr())
+
+
+def unpack_signs(bits: Tensor, out: Tensor) -> None:
+    """As `reference.unpack_signs`."""
+    launch("sign.cu", f"unpack_{_dtype([out])}", out.device, out.numel(), bits.data_ptr(), out.numel(), out.data_ptr())
+
+
+def _in_two_visits(
+    run: Callable[[int, int], None], blocks: int, out: Tensor, layout: Layout, squared: bool, chunk: int | None
+) -> None:
+    """A scale shared by many blocks: sums of all blocks, scales of all groups, then signs."""
+    sums = torch.empty(blocks * _BYTES_OF_SUMS, dtype=torch.uint8, device=out.device)
+    run(_SUMS_ONLY, sums.data_ptr())
+    starts, members = groups(layout, chunk, out.device)
+    n = starts.numel() - 1
+    arguments = (sums.data_ptr(), starts.data_ptr(), members.data_ptr(), n, out.data_ptr())
+    shape = (*_sizes(layout), layout.block_size, squared, _SUMS_ONLY)
+    launch("sign.cu", "shared_scales", out.device, 32 * n, *arguments, *shape)
+    run(_GIVEN_SCALES, sums.data_ptr())
+
+
+def _sizes(layout: Layout) -> tuple[int, int, int]:
+    return layout.chunk_blocks, layout.bits_bytes, layout.payload_bytes
+
+
+def _dtype(tensors: Sequence[Tensor]) -> str:
+    return _DTYPES[tensors[0].dtype] if tensors else "f32"
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,90 @@
+"""A layout's tables on a device: made on first use for a list of tensors, kept with the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onebit.compress.layout import Layout
+
+FULL_BLOCK = 1024  # real elements of the blocks that the fast kernels take
+_KEPT = 8  # lists of tensors whose tables are kept per layout; a captured graph refers to those it was captured with
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Blocks for one launch: (n, 2) int64 of address and count + 2³² · block, as `Entry` in block.cuh.
+
+    Attributes:
+        table: the entries, on the device.
+        n: how many.
+        address: of the table.
+    """
+
+    table: Tensor
+    n: int
+    address: int
+
+
+def entries(layout: Layout, tensors: Sequence[Tensor], device: torch.device, plain: bool) -> tuple[Entries, Entries]:
+    """The blocks of these tensors that the fast kernels may take (none unless `plain`), and the others."""
+    addresses = tuple([t.data_ptr() for t in tensors])
+    kept: dict[object, tuple[Entries, Entries]] = layout.cache.setdefault(("entries", device), {})
+    made = kept.get((plain, addresses))
+    if made is None:
+        if len(kept) >= _KEPT:
+            del kept[next(iter(kept))]
+        tensor, offset, low = _tables(layout, device)
+        bases = torch.tensor(addresses or (0,), dtype=torch.int64, device=device)
+        size = tensors[0].element_size() if tensors else 0
+        address = bases[tensor] + size * offset
+        made = kept[plain, addresses] = _split(layout, address, low, plain, address % 16 == 0)
+    return made
+
+
+def chunk_entries(layout: Layout, chunk: int, device: torch.device, plain: bool) -> tuple[Entries, Entries]:
+    """As `entries`, of one chunk, for kernels that read no tensor."""
+    key = ("chunk", chunk, device, plain)
+    if key not in layout.cache:
+        low = _tables(layout, device)[2][chunk * layout.chunk_blocks : (chunk + 1) * layout.chunk_blocks]
+        layout.cache[key] = _split(layout, torch.zeros_like(low), low, plain, torch.ones_like(low, dtype=torch.bool))
+    made: tuple[Entries, Entries] = layout.cache[key]
+    return made
+
+
+def groups(layout: Layout, chunk: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Blocks that share a scale: group g is members[starts[g] : starts[g + 1]]; both int64."""
+    key = ("groups", chunk, device)
+    if key not in layout.cache:
+        parts = list(layout.scale_groups(chunk))
+        starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        members = np.concatenate([*parts, np.zeros(0, np.int64)])
+        layout.cache[key] = tuple(torch.from_numpy(t).to(device) for t in (starts, members))
+    made: tuple[Tensor, Tensor] = layout.cache[key]
+    return made
+
+
+def _split(layout: Layout, address: Tensor, low: Tensor, plain: bool, aligned: Tensor) -> tuple[Entries, Entries]:
+    fast = plain and layout.block_size == FULL_BLOCK and not layout.shared_scale
+    full = ((low & 0xFFFFFFFF) == FULL_BLOCK) & aligned if fast else torch.zeros_like(aligned)
+    table = torch.stack([address, low], dim=1)
+    return _entries(table[full]), _entries(table[~full])
+
+
+def _entries(table: Tensor) -> Entries:
+    return Entries(table, table.shape[0], table.data_ptr())
+
+
+def _tables(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(blocks,) int64 each, on a device: tensor, offset in elements, count + 2³² · block."""
+    key = ("tables", device)
+    if key not in layout.cache:
+        low = layout.count_of_block.astype(np.int64) + (np.arange(layout.blocks, dtype=np.int64) << 32)
+        tables = (layout.tensor_of_block.astype(np.int64), layout.offset_of_block, low)
+        layout.cache[key] = tuple(torch.from_numpy(t).to(device) for t in tables)
+    made: tuple[Tensor, Tensor, Tensor] = layout.cache[key]
+    return made
