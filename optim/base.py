@@ -111,8 +111,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
-        self._agree()
+        self._agree(self._refused_gradient())
         exchanges: list[Exchange] = []
         try:
             for group, reducers in zip(self.param_groups, self._reducers, strict=True):
@@ -198,23 +197,31 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     f"{describe(p)} with layout {p.layout}; leave it out or convert it"
                 )
 
-    def _check_gradients(self) -> None:
+    def _refused_gradient(self) -> InputError | None:
+        """Why this rank's gradients cannot be averaged; None if they can."""
         for group in self.param_groups:
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.layout != torch.strided:
-                    raise InputError(
+                    return InputError(
                         f"{type(self).__name__}: the gradient of parameter {index}, {describe(p)}, is sparse; use "
                         "dense gradients (sparse=False in nn.Embedding)"
                     )
+        return None
 
-    def _agree(self) -> None:
-        """Once per set of groups: all ranks hold the same parameters, values included, and the same options."""
+    def _agree(self, refusal: InputError | None) -> None:
+        """Once per set of groups: all ranks hold the same parameters, values included, and the same options.
+
+        Args:
+            refusal: an error that this rank has found in its own gradients, raised here; the first time all ranks hear
+                of it, later they wait for this rank until their time is out.
+        """
         while len(self._reducers) < len(self.param_groups):
             self._reducers.append(self._group_reducers())
-        if self._agreed:
-            return
-        if self.backend.size > 1:
-            agree(self.backend, f"{type(self).__name__}.step", self._facts())
+        if refusal is not None and self._agreed:
+            raise refusal
+        if not self._agreed:
+            facts = self._facts() if self.backend.size > 1 else {}
+            agree(self.backend, f"{type(self).__name__}.step", facts, refusal)
         self._agreed = True
 
     def _facts(self) -> dict[str, str]:
@@ -233,14 +240,13 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return facts
 
     def _restore_fp32_state(self, state_dict: Mapping[str, Any]) -> None:
-        """torch casts loaded state to the parameter's dtype; moments of bf16 and fp16 parameters are fp32 here."""
+        """Moments are fp32 here; torch casts what it loads to the parameter's dtype, and its own have that anyway."""
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, own, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                was_fp32 = isinstance(value, Tensor) and value.dtype == torch.float32
-                if was_fp32 and self.state[p][key].dtype != torch.float32:
-                    self.state[p][key] = value.to(p.device, copy=True)
+                if isinstance(value, Tensor) and self.state[p][key].dtype in (torch.bfloat16, torch.float16):
+                    self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
 
 def checksum(tensor: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -40,12 +40,14 @@ class GroupReducers:
         self._dense: DenseAllreduce | None = None
         self._compressed: CompressedAllreduce | None = None
         self._warned = False
+        self._stats: list[Stats] = []
         self.residual = Residual() if residual is None else residual
 
     def dense(self, like: Sequence[Tensor]) -> DenseAllreduce:
         """The fp32 average of tensors such as `like`."""
         if self._dense is None:
             self._dense = DenseAllreduce(like, self._backend(), bucket_mb=self._bucket_mb)
+            self._stats.append(self._dense.stats)
         return self._dense
 
     def compressed(self, like: Sequence[Tensor], masks: Callable[[], Sequence[Tensor]]) -> CompressedAllreduce:
@@ -56,6 +58,7 @@ class GroupReducers:
                 like, self._backend(), self._codec, bucket_mb=self._bucket_mb, residual=self.residual
             )
             self._compressed.set_mask(masks())
+            self._stats.append(self._compressed.stats)
         return self._compressed
 
     def first_warning(self) -> bool:
@@ -63,8 +66,6 @@ class GroupReducers:
         first, self._warned = not self._warned, True
         return first
 
-    def stats(self) -> Iterator[Stats]:
-        """Yield the counts of the averages made so far."""
-        for reducer in (self._dense, self._compressed):
-            if reducer is not None:
-                yield reducer.stats
+    def stats(self) -> Sequence[Stats]:
+        """The counts of all averages made so far, those that are not in use any more included."""
+        return self._stats

@@ -82,6 +82,12 @@ class OnebitAdam(CompressedOptimizer):
         """``"warmup"`` or ``"compressed"``: how the next step of a parameter group will be made."""
         return "warmup" if _in_warmup(self.param_groups[group]) else "compressed"
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if "step" in state:  # where Adam or AdamW made it, every step updated the variance
+                state.setdefault("variance_step", state["step"].clone())
+
     def _check_options(self, group: Mapping[str, Any]) -> None:
         check_adam_options("OnebitAdam", group)
         check_freeze_step("OnebitAdam", group["freeze_step"])
@@ -118,6 +124,8 @@ class _Warmup:
         group = self._group
         params = [p for p, present in zip(group["params"], self._present, strict=True) if present]
         means = [m for m, present in zip(self._means, self._present, strict=True) if present]
+        if not params:
+            return
         states = [_state(self._optimizer, p) for p in params]
         values = [p.float() for p in params]  # itself where it is fp32
         steps = [s["step"] for s in states]
@@ -139,6 +147,7 @@ class _Warmup:
         )
         if counted is not steps:
             torch._foreach_add_(steps, 1.0)
+        torch._foreach_copy_([s["variance_step"] for s in states], steps)
         _write_back(params, values)
 
 
@@ -179,7 +188,7 @@ class _Compressed:
         values = [p.float() for p in self._params]
         if group["adamw_mode"] and group["weight_decay"]:
             torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
-        rates, roots = zip(*(self._corrections(float(s["step"])) for s in self._states), strict=True)
+        rates, roots = zip(*(self._corrections(s) for s in self._states), strict=True)
         spread = torch._foreach_sqrt([s["exp_avg_sq"] for s in self._states])
         torch._foreach_div_(spread, list(roots))
         torch._foreach_add_(spread, group["eps"])
@@ -199,14 +208,13 @@ class _Compressed:
                 m.add_(p, alpha=group["weight_decay"] * (1 - beta1))
         return local
 
-    def _corrections(self, step: float) -> tuple[float, float]:
-        """1/(1-β₁ᵗ) and √(1-β₂ᵀ) of a parameter whose own step count is `step`; T is its count at the freeze."""
+    def _corrections(self, state: Mapping[str, Tensor]) -> tuple[float, float]:
+        """1/(1-β₁ᵗ) and √(1-β₂ᵀ) of a parameter that has made t steps, of which T updated its variance."""
         group = self._group
         if not group["bias_correction"]:
             return 1.0, 1.0
         beta1, beta2 = group["betas"]
-        frozen_at = step - (group["step"] - group["freeze_step"])
-        return 1 / (1 - beta1**step), (1 - beta2**frozen_at) ** 0.5
+        return 1 / (1 - beta1 ** float(state["step"])), (1 - beta2 ** float(state["variance_step"])) ** 0.5
 
 
 def _in_warmup(group: Mapping[str, Any]) -> bool:
@@ -217,6 +225,7 @@ def _state(optimizer: OnebitAdam, p: Tensor) -> dict[str, Any]:
     state: dict[str, Any] = optimizer.state[p]
     if "exp_avg" not in state:
         state["step"] = torch.zeros(())
+        state["variance_step"] = torch.zeros(())
         state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
         state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
     return state
