@@ -1,0 +1,108 @@
+"""OnebitAdam of n ranks in float64 NumPy: written from the papers' formulas, not from the code.
+
+Warm-up is Adam (Kingma & Ba 2015) or AdamW (Loshchilov & Hutter 2019) on the mean gradient. After it (Tang et al. 2021,
+arXiv 2102.02888), with T = freeze_step:
+
+    m_i = β₁·m + (1 - β₁)·g_i       m = C(mean of m_i)       x <- x - lr·λ·x - lr·m/(1 - β₁ᵗ) / (√(v_T/(1 - β₂ᵀ)) + ε)
+
+An entry with v_T = 0 is dead: it takes no part in C and is not moved by m. What had no gradient in warm-up never moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.comm.oracle import CompressedMean, Floats
+
+Gradients = Sequence[Floats | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of one parameter group, as OnebitAdam names them."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    freeze_step: int = 10
+    adamw_mode: bool = True
+    bias_correction: bool = True
+    maximize: bool = False
+
+
+class OnebitAdam:
+    """All ranks of one parameter group.
+
+    Attributes:
+        x, m, v: parameters, momentum and variance, the same on every rank.
+        steps: how many updates each parameter has had.
+        mean: the compressed average with its error feedback, once there is one.
+    """
+
+    def __init__(
+        self, x: Sequence[Floats], world_size: int, options: Options, block_size: int | None = 1024, scale: str = "mean"
+    ) -> None:
+        self.x = [np.array(p, np.float64) for p in x]
+        self.m = [np.zeros_like(p) for p in self.x]
+        self.v = [np.zeros_like(p) for p in self.x]
+        self.steps = [0] * len(self.x)
+        self.options = options
+        self.mean: CompressedMean | None = None
+        self._step = 0
+        self._frozen_at: list[int] = []
+        self._codec = (block_size, scale)
+        self._world_size = world_size
+
+    def step(self, ranks: Sequence[Gradients], lr: float | None = None) -> None:
+        """One step with every rank's own gradients."""
+        self._step += 1
+        lr = self.options.lr if lr is None else lr
+        if self._step <= self.options.freeze_step:
+            self._warm_up(ranks, lr)
+        else:
+            self._compressed(ranks, lr)
+
+    def _warm_up(self, ranks: Sequence[Gradients], lr: float) -> None:
+        o = self.options
+        for i in range(len(self.x)):
+            given = [g[i] for g in ranks if g[i] is not None]
+            if given:
+                mean = np.sum(np.stack(given), axis=0) / len(ranks)
+                g = self._wanted(mean, i)
+                self.m[i] = o.betas[0] * self.m[i] + (1 - o.betas[0]) * g
+                self.v[i] = o.betas[1] * self.v[i] + (1 - o.betas[1]) * g * g
+                self.steps[i] += 1
+                self._move(i, lr, self.steps[i])
+
+    def _compressed(self, ranks: Sequence[Gradients], lr: float) -> None:
+        o = self.options
+        used = [i for i in range(len(self.x)) if self.steps[i]]
+        if self.mean is None:
+            self._frozen_at = list(self.steps)
+            dead = [self.v[i] == 0 for i in used]
+            self.mean = CompressedMean(self._world_size, [self.x[i].size for i in used], *self._codec, masks=dead)
+        local = [
+            [o.betas[0] * self.m[i] + (1 - o.betas[0]) * self._wanted(0.0 if g[i] is None else g[i], i) for i in used]
+            for g in ranks
+        ]
+        for i, mean in zip(used, self.mean(local), strict=True):
+            self.m[i] = mean.reshape(self.x[i].shape)
+            self.steps[i] += 1
+            self._move(i, lr, self._frozen_at[i])
+
+    def _wanted(self, gradient: Floats | float, i: int) -> Floats:
+        """The gradient of what is to become smaller."""
+        signed = -gradient if self.options.maximize else gradient
+        return signed + (0.0 if self.options.adamw_mode else self.options.weight_decay) * self.x[i]
+
+    def _move(self, i: int, lr: float, variance_steps: int) -> None:
+        o = self.options
+        m, v = self.m[i], self.v[i]
+        if o.bias_correction:
+            m, v = m / (1 - o.betas[0] ** self.steps[i]), v / (1 - o.betas[1] ** variance_steps)
+        decay = lr * o.weight_decay * self.x[i] if o.adamw_mode else 0.0
+        self.x[i] = self.x[i] - decay - lr * m / (np.sqrt(v) + o.eps)

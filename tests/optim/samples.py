@@ -1,0 +1,130 @@
+"""Parameters that start alike on every rank, gradients that do not, and an optimizer's state bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from onebit.comm import Backend
+from onebit.optim import OnebitAdam
+from tests.comm.samples import bits, state_bits, strided
+
+Gradients = list[Tensor | None]
+
+# Shape and strides: a matrix, one number, nothing, a prime, one element, two images and a transposed matrix.
+SHAPES: tuple[tuple[tuple[int, ...], str], ...] = (
+    ((5, 7), "rows"),
+    ((), "rows"),
+    ((0,), "rows"),
+    ((131,), "rows"),
+    ((1,), "rows"),
+    ((2, 3, 4, 5), "channels_last"),
+    ((6, 9), "transposed"),
+)
+
+
+def values(*seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Normal fp32 numbers that every rank can work out."""
+    return torch.as_tensor(np.random.default_rng([41, *seed]).standard_normal(shape), dtype=torch.float32)
+
+
+def parameters(
+    shapes: Sequence[tuple[tuple[int, ...], str]] = SHAPES, dtype: torch.dtype = torch.float32
+) -> list[Parameter]:
+    """The start of every rank."""
+    return [Parameter(strided(values(i, shape=shape).to(dtype), s)) for i, (shape, s) in enumerate(shapes)]
+
+
+def gradients(params: Sequence[Tensor], rank: int, step: int) -> Gradients:
+    """One rank's own gradients of one step: a part that all ranks share, and a larger one of its own."""
+    made: Gradients = []
+    for i, p in enumerate(params):
+        shape = tuple(p.shape)
+        g = 0.5 * values(7, i, step, shape=shape) + values(8, i, step, rank, shape=shape)
+        made.append((g * 10.0 ** (i % 3 - 1)).to(p.dtype))
+    return made
+
+
+def patchy(params: Sequence[Tensor], rank: int, step: int) -> Gradients:
+    """Gradients of which some are None: on one rank, on all ranks for a step, and on all but one rank always."""
+    made = gradients(params, rank, step)
+    for i in range(len(made)):
+        if (i + step + rank) % 4 == 0 or (i + step) % 5 == 0 or (i == 3 and rank != 0):
+            made[i] = None
+    return made
+
+
+def mean_of(ranks: Sequence[Gradients]) -> Gradients:
+    """The mean gradient in fp32, added in the order of the ranks; None where no rank has one."""
+    means: Gradients = []
+    for per_rank in zip(*ranks, strict=True):
+        shape = next((g for g in per_rank if g is not None), None)
+        if shape is None:
+            means.append(None)
+            continue
+        total = torch.zeros_like(shape, dtype=torch.float32)
+        for g in per_rank:
+            total += 0.0 if g is None else g.float()
+        means.append(total / len(ranks))
+    return means
+
+
+def step(optimizer: torch.optim.Optimizer, given: Sequence[Tensor | None]) -> None:
+    """Step with these gradients for the parameters of all groups in order."""
+    for p, g in zip(all_params(optimizer), given, strict=True):
+        p.grad = None if g is None else g.to(p.dtype).clone()
+    optimizer.step()
+
+
+def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def contents(optimizer: torch.optim.Optimizer, params: Sequence[Tensor] | None = None) -> list[Any]:
+    """Every parameter with its moments and step count, bit by bit."""
+    listed = all_params(optimizer) if params is None else params
+    return [(bits(p), state_bits(dict(optimizer.state.get(p, {})))) for p in listed]
+
+
+def digest(optimizer: OnebitAdam) -> str:
+    """A checksum of what must be the same on every rank after a step."""
+    return hashlib.sha256(repr(contents(optimizer)).encode()).hexdigest()
+
+
+def feedback(optimizer: OnebitAdam) -> Any:
+    """The error feedback of this rank, bit by bit."""
+    return state_bits(optimizer.state_dict()["onebit"])
+
+
+def through_a_file(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved, and loaded as an untrusted file is."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def run(
+    backend: Backend,
+    steps: int,
+    observe: Callable[[OnebitAdam], Any],
+    given: Callable[[Sequence[Tensor], int, int], Gradients],
+    start: Callable[[], list[Parameter]],
+    options: Mapping[str, Any],
+) -> list[Any]:
+    """Make steps on one rank; returns what was observed after each."""
+    params = start()
+    optimizer = OnebitAdam(params, backend=backend, **options)
+    seen = []
+    for number in range(steps):
+        step(optimizer, given(params, backend.rank, number))
+        seen.append(observe(optimizer))
+    return seen
