@@ -16,7 +16,7 @@ from onebit.comm.registry import make_backend
 from tests.comm.launcher import RanksFailed, needs_mpi, run_ranks
 
 TIMEOUT = 0.5
-LATE = 3.0  # seconds that a busy machine may take to notice that it is over
+LATE = 10.0  # seconds that a busy machine may take to notice that it is over
 LONG = 600.0  # longer than any test
 
 OPERATIONS = ("all_to_all", "all_gather", "all_reduce", "barrier")
@@ -70,13 +70,15 @@ def seconds_until_raised(kind: str, world_size: int, how: str) -> list[float]:
     lost = world_size - 1
     said = run_ranks(kind, world_size, fail, how, TIMEOUT, without=[lost])[:lost]
     through = max(when for when, _ in said)
-    assert time.monotonic() - through < LATE + 5, "the processes did not end"
+    ending = time.monotonic() - through
+    assert ending < LATE, f"the processes took {ending:.1f} s to end, after {said}"
     return [seconds for _, took in said for seconds in took.values()]
 
 
 def test_gloo_peer_is_killed() -> None:
-    # Its connections break at once. Only a rank that has nothing to receive from it may have to wait.
-    assert max(seconds_until_raised("gloo", 3, "is killed")) < TIMEOUT + LATE
+    seconds = seconds_until_raised("gloo", 3, "is killed")
+    assert max(seconds) < TIMEOUT + LATE
+    assert min(seconds) < TIMEOUT  # its connections break at once
 
 
 @pytest.mark.parametrize("how", ["stops", "never joins"])
