@@ -16,9 +16,8 @@ from torch import Tensor
 
 from onebit.comm.backend import Backend
 from onebit.comm.bucket import Bucket
-from onebit.comm.errors import TransportError
 from onebit.comm.residual import Place, Residual
-from onebit.comm.stats import Stats, fp32_bytes
+from onebit.comm.stats import Stage, Stats, fp32_bytes
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, all_finite, as_list, check_same, resolve
 from onebit.compress import SignCodec
 from onebit.compress.errors import InputError
@@ -274,24 +273,9 @@ class CompressedWork:
         with self._stage("decode"):
             bucket.decode(targets)
 
-    def _stage(self, name: str) -> Any:
-        return _UndoOnFailure(self, name)
-
-
-class _UndoOnFailure:
-    """Counts a stage; when the transport fails in it, puts the error feedback of what was not averaged back."""
-
-    def __init__(self, work: CompressedWork, name: str) -> None:
-        self._work = work
-        self._stage = work._owner.stats.stage(name, work._owner.backend)
-
-    def __enter__(self) -> None:
-        self._stage.__enter__()
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._stage.__exit__(kind, error, trace)
-        if isinstance(error, TransportError):
-            self._work.undo()
+    def _stage(self, name: str) -> Stage:
+        """Counts a stage; when the transport fails in it, the error feedback of what was not averaged is put back."""
+        return self._owner.stats.stage(name, self._owner.backend, self.undo)
 
 
 def compressed_allreduce(

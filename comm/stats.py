@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from onebit.comm.backend import Backend
+from onebit.comm.errors import TransportError
 
 
 @dataclass
@@ -32,16 +32,36 @@ class Stats:
         """Start counting anew."""
         self.__init__()  # type: ignore[misc]
 
-    @contextmanager
-    def stage(self, name: str, backend: Backend) -> Iterator[None]:
-        """Count the time and the traffic of a `with` block under `name`."""
-        traffic, since = (backend.traffic.collectives, backend.traffic.wire_bytes), time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since
-            self.collectives += backend.traffic.collectives - traffic[0]
-            self.wire_bytes += backend.traffic.wire_bytes - traffic[1]
+    def stage(self, name: str, backend: Backend, on_failure: Callable[[], None] | None = None) -> Stage:
+        """Count the time and the traffic of a `with` block under `name`.
+
+        Args:
+            on_failure: called when the block ends with a `TransportError`.
+        """
+        return Stage(self, name, backend, on_failure)
+
+
+class Stage:
+    """What `Stats.stage` returns; a class, because an average enters it seven times and a generator costs more."""
+
+    def __init__(self, stats: Stats, name: str, backend: Backend, on_failure: Callable[[], None] | None) -> None:
+        self._stats = stats
+        self._name = name
+        self._traffic = backend.traffic
+        self._on_failure = on_failure
+
+    def __enter__(self) -> None:
+        self._collectives = self._traffic.collectives
+        self._wire_bytes = self._traffic.wire_bytes
+        self._since = time.perf_counter()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        seconds = self._stats.seconds
+        seconds[self._name] = seconds.get(self._name, 0.0) + time.perf_counter() - self._since
+        self._stats.collectives += self._traffic.collectives - self._collectives
+        self._stats.wire_bytes += self._traffic.wire_bytes - self._wire_bytes
+        if self._on_failure is not None and isinstance(error, TransportError):
+            self._on_failure()
 
 
 def fp32_bytes(numel: int, world_size: int) -> int:

@@ -46,9 +46,11 @@ def share_out(kernel: Callable[..., None], total: int, least: int, *arguments: i
 
     The caller works too, so it returns when all is done even if the pool is busy. A range has at least `least` items.
     """
-    if total == 0:
+    if total < 2 * least:
+        if total:
+            kernel(0, total, *arguments)
         return
-    parts = max(min(num_threads(), total // least), 1)
+    parts = min(num_threads(), total // least)
     bounds = [total * part // parts for part in range(parts + 1)]
     others = [_executor().submit(kernel, first, last, *arguments) for first, last in pairwise(bounds[1:])]
     try:

@@ -157,7 +157,7 @@ def _write_shared_scales(
 
 
 def _addresses(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
-    return np.fromiter((t.data_ptr() for t in tensors), np.int64, len(tensors))
+    return np.array([t.data_ptr() for t in tensors], np.int64)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -56,7 +56,8 @@ needs_mpi = pytest.mark.skipif(
 # For @pytest.mark.parametrize("kind, world_size", RANKS).
 THREADS = [("threads", size) for size in (1, 2, 3, 4, 5, 7, 8)]
 GLOO = [("gloo", size) for size in (2, 3, 4)]
-MPI = [pytest.param("mpi", size, marks=[pytest.mark.mpi, needs_mpi]) for size in (2, 3, 4)]
+MPI_SIZES = (2, 3, 4) if "ONEBIT_TEST_NP" not in os.environ else (int(os.environ["ONEBIT_TEST_NP"]),)  # make test-mpi
+MPI = [pytest.param("mpi", size, marks=[pytest.mark.mpi, needs_mpi]) for size in MPI_SIZES]
 RANKS = [*THREADS, *GLOO, *MPI]
 
 
