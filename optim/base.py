@@ -114,7 +114,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._agree(self._refused_gradient())
         exchanges: list[Exchange] = []
         try:
-            for group, reducers in zip(self.param_groups, self._reducers, strict=True):
+            for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
                 exchanges.append(self._exchange(group, reducers))
             finite = all(bool(exchange.all_finite()) for exchange in exchanges)
         except Exception:
@@ -142,7 +142,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         Everything is tensors, numbers, strings, lists and dicts, so ``torch.load(..., weights_only=True)`` reads it.
         """
         state: dict[str, Any] = super().state_dict()
-        residuals = [reducers.residual.state_dict() for reducers in self._reducers]
+        residuals = [reducers.residual.state_dict() for reducers in self._of_groups()]
         state[EXTRA] = {"version": VERSION, "skipped_steps": self.skipped_steps, "residuals": residuals}
         return state
 
@@ -163,7 +163,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._restore_fp32_state(state_dict)
         for group, default in zip(self.param_groups, defaults, strict=True):
-            steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]]
+            steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, {})]
             default["step"] = max(steps, default=0)
             for key, value in default.items():
                 group.setdefault(key, value)
@@ -178,6 +178,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raise InputError if an option of a group is out of range."""
+
+    def _of_groups(self) -> list[GroupReducers]:
+        """The averages of every group, in order."""
+        while len(self._reducers) < len(self.param_groups):
+            self._reducers.append(self._group_reducers())
+        return self._reducers
 
     def _group_reducers(self, residual: Residual | None = None) -> GroupReducers:
         return GroupReducers(lambda: self.backend, self._codec, self._bucket_mb, residual)
@@ -215,8 +221,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
             refusal: an error that this rank has found in its own gradients, raised here; the first time all ranks hear
                 of it, later they wait for this rank until their time is out.
         """
-        while len(self._reducers) < len(self.param_groups):
-            self._reducers.append(self._group_reducers())
         if refusal is not None and self._agreed:
             raise refusal
         if not self._agreed:

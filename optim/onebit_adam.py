@@ -156,9 +156,10 @@ class _Compressed:
 
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self._group = group
-        self._params = [p for p in group["params"] if "exp_avg" in optimizer.state[p]]
+        known = ["exp_avg" in optimizer.state.get(p, {}) for p in group["params"]]
+        self._params = [p for p, k in zip(group["params"], known, strict=True) if k]
         self._states = [optimizer.state[p] for p in self._params]
-        late = [i for i, p in enumerate(group["params"]) if p.grad is not None and "exp_avg" not in optimizer.state[p]]
+        late = [i for i, p in enumerate(group["params"]) if p.grad is not None and not known[i]]
         if late and reducers.first_warning():
             _log.warning(
                 "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them "
