@@ -13,6 +13,7 @@ from torch.optim import Adam, AdamW
 
 from onebit.comm import Backend, run_threads
 from onebit.optim import OnebitAdam
+from tests.comm.oracle import UNIT
 from tests.comm.samples import bits
 from tests.optim.samples import (
     Gradients,
