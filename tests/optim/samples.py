@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -127,4 +129,49 @@ def run(
     for number in range(steps):
         step(optimizer, given(params, backend.rank, number))
         seen.append(observe(optimizer))
+    return seen
+
+
+# The weights and biases of a network of 101,386 parameters.
+NETWORK: tuple[tuple[int, ...], ...] = ((256, 128), (256,), (256, 256), (256,), (10, 256), (10,))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank had after a step: checksums, and bytes handed to the transport by it."""
+
+    state: str
+    feedback: str
+    skipped: int
+    phase: str
+    wire_bytes: int
+    dense_bytes: int
+
+
+def train_network(backend: Backend, freeze_step: int = 3, steps: int = 8) -> list[Step]:
+    """Train it, with gradients that depend on the parameters; some are missing, and one is bad once per phase."""
+    params = [Parameter(values(i, shape=shape)) for i, shape in enumerate(NETWORK)]
+    optimizer = OnebitAdam(params, lr=1e-2, freeze_step=freeze_step, backend=backend)
+    seen = []
+    for number in range(steps):
+        given: Gradients = [
+            p.detach() + values(i, number, backend.rank, shape=shape)
+            for i, (p, shape) in enumerate(zip(params, NETWORK, strict=True))
+        ]
+        given[2 + (number + backend.rank) % 4] = None
+        if number in (1, steps - 3) and backend.rank == backend.size - 1:
+            given[number % 2].view(-1)[77] = math.inf
+        before = (optimizer.stats.wire_bytes, optimizer.stats.dense_bytes)
+        step(optimizer, given)
+        stats = optimizer.stats
+        seen.append(
+            Step(
+                state=digest(optimizer),
+                feedback=hashlib.sha256(repr(feedback(optimizer)).encode()).hexdigest(),
+                skipped=optimizer.skipped_steps,
+                phase=optimizer.phase(),
+                wire_bytes=stats.wire_bytes - before[0],
+                dense_bytes=stats.dense_bytes - before[1],
+            )
+        )
     return seen

@@ -495,10 +495,10 @@ def test_a_closure_is_called_once_with_gradients_enabled_and_its_loss_returned()
             optimizer.zero_grad()
             loss = ((p - target) ** 2).mean()
             loss.backward()
-            calls.append(float(loss))
+            calls.append(loss.item())
             return loss
 
-        losses = [float(optimizer.step(closure)) for _ in range(5)]
+        losses = [optimizer.step(closure).item() for _ in range(5)]
         assert losses == calls
         assert p.grad is not None
         return contents(optimizer)
