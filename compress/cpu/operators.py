@@ -56,12 +56,7 @@ def encode(
             sums.ctypes.data,
         )
 
-    if not layout.shared_scale:
-        run(kernels.FUSED)
-        return
-    run(kernels.SUMS_ONLY)
-    _write_shared_scales(out.view(layout.chunks, -1), sums, layout, layout.scale_groups(), squared)
-    run(kernels.GIVEN_SCALES)
+    _visit(run, out.view(layout.chunks, -1), sums, layout, layout.scale_groups(), squared)
 
 
 def reduce_encode(
@@ -98,12 +93,7 @@ def reduce_encode(
             sums.ctypes.data,
         )
 
-    if not layout.shared_scale:
-        run(kernels.FUSED)
-        return
-    run(kernels.SUMS_ONLY)
-    _write_shared_scales(out.view(1, -1), sums, layout, layout.scale_groups(chunk), squared)
-    run(kernels.GIVEN_SCALES)
+    _visit(run, out.view(1, -1), sums, layout, layout.scale_groups(chunk), squared)
 
 
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
@@ -146,14 +136,25 @@ def _run(kernel: Callable[..., None], items: int, elements_per_item: int, *argum
     share_out(_compiled(kernel), items, least, *arguments)
 
 
-def _write_shared_scales(
-    payloads: Tensor, sums: npt.NDArray[np.float32], layout: Layout, groups: Groups, squared: bool
+def _visit(
+    run: Callable[[int], None],
+    payloads: Tensor,
+    sums: npt.NDArray[np.float32],
+    layout: Layout,
+    groups: Groups,
+    squared: bool,
 ) -> None:
+    """Visit every block once; or, where blocks share a scale, twice: for their sums, then with the scales."""
+    if not layout.shared_scale:
+        run(kernels.FUSED)
+        return
+    run(kernels.SUMS_ONLY)
     counts = torch.from_numpy(sums[:, 2].copy().view(np.int32))
     plain, rescued = torch.from_numpy(sums[:, 0].copy()), torch.from_numpy(sums[:, 1].copy())
     scales = reference.shared_scales(plain, rescued, counts, groups, squared)
     section = payloads[:, layout.bits_bytes : layout.bits_bytes + 4 * layout.chunk_blocks]
     section.copy_(scales.view(payloads.shape[0], -1).view(torch.uint8))
+    run(kernels.GIVEN_SCALES)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
