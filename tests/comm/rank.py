@@ -88,4 +88,6 @@ def _join(job: Job, folder: Path, rank: int) -> Backend:
             world_size=job.world_size,
             timeout=timedelta(seconds=job.timeout),
         )
+        if job.kind == "gloo":
+            dist.barrier()  # else a rank that ends at once, as some tests want, could break the others' connecting
     return make_backend(job.kind, timeout=None if job.kind == "nccl" else job.backend_timeout)
