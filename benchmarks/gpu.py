@@ -1,4 +1,4 @@
-"""`python -m onebit.benchmarks.cuda`: the CUDA kernels alone, and under torchrun the averages over NCCL.
+"""`python -m onebit.benchmarks.gpu`: the CUDA kernels alone, and under torchrun the averages over NCCL.
 
 Everything is compared with the CPU kernels on the same inputs, element for element, before a time is taken.
 """
@@ -28,7 +28,7 @@ LAUNCHES = 8  # per measured interval, so that the time to launch the first is h
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: everything was right; 1: something was wrong."""
-    flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.cuda", description=__doc__)
+    flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.gpu", description=__doc__)
     flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON results")
     flags.add_argument("--mega", type=int, default=300, help="Mi elements of the largest tensor")
     flags.add_argument("-n", "--iters", type=int, default=15, help="timed rounds")
