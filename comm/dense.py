@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from onebit.comm.allreduce import DEFAULT_BUCKET_MB, check_bucket_mb
+from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.backend import Backend, Work
 from onebit.comm.stats import Stats, fp32_bytes
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, as_list, check_same, resolve
@@ -32,10 +32,11 @@ class DenseAllreduce:
         InputError, MismatchError, BackendError, TransportError: as for `CompressedAllreduce`.
     """
 
-    def __init__(self, like: Tensors, backend: object = None, *, bucket_mb: float = DEFAULT_BUCKET_MB) -> None:
+    def __init__(self, like: Tensors, backend: object = None, *, bucket_mb: float | None = None) -> None:
         tensors = as_list(like)
         self.backend: Backend = resolve(tensors, backend)
-        agree_on_tensors(self.backend, "DenseAllreduce", tensors, {"bucket_mb": check_bucket_mb(bucket_mb)})
+        bucket_mb = bucket_mb_for(tensors, bucket_mb)
+        agree_on_tensors(self.backend, "DenseAllreduce", tensors, {"bucket_mb": bucket_mb})
         self.stats = Stats()
         self._like = [Kind.of(t) for t in tensors]
         self._device = tensors[0].device if tensors else torch.device("cpu")

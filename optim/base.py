@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Backend, Residual, Stats, agree, make_backend
-from onebit.comm.allreduce import DEFAULT_BUCKET_MB, check_bucket_mb
+from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.tensors import describe
 from onebit.compress import InputError, SignCodec
 from onebit.compress.kernels import DTYPES
@@ -40,11 +40,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         params: Any,
         defaults: dict[str, Any],
         *,
-        bucket_mb: float = DEFAULT_BUCKET_MB,
+        bucket_mb: float | None = None,
         backend: object = None,
         codec: SignCodec | None = None,
     ) -> None:
-        self._bucket_mb = check_bucket_mb(bucket_mb)
+        self._bucket_mb = None if bucket_mb is None else bucket_mb_for([], bucket_mb)
         self._codec = SignCodec() if codec is None else codec
         # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process
         # group is often made after the optimizer.
@@ -229,7 +229,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._agreed = True
 
     def _facts(self) -> dict[str, str]:
-        facts = {"the codec": str(self._codec), "bucket_mb": str(self._bucket_mb)}
+        bucket_mb = bucket_mb_for(self.param_groups[0]["params"], self._bucket_mb)
+        facts = {"the codec": str(self._codec), "bucket_mb": str(bucket_mb)}
         for g, group in enumerate(self.param_groups):
             facts[f"the number of parameters of group {g}"] = str(len(group["params"]))
             for key, value in group.items():

@@ -32,7 +32,7 @@ class GroupReducers:
     """
 
     def __init__(
-        self, backend: Callable[[], Backend], codec: SignCodec, bucket_mb: float, residual: Residual | None
+        self, backend: Callable[[], Backend], codec: SignCodec, bucket_mb: float | None, residual: Residual | None
     ) -> None:
         self._backend = backend
         self._codec = codec

@@ -12,7 +12,6 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from onebit.comm import CompressedWork
-from onebit.comm.allreduce import DEFAULT_BUCKET_MB
 from onebit.comm.tensors import all_finite
 from onebit.compress import SignCodec
 from onebit.optim.base import CompressedOptimizer
@@ -40,7 +39,7 @@ class OnebitAdam(CompressedOptimizer):
         freeze_step: number of warm-up steps, at least 1; 15 to 25 % of training, past the learning rate's own warm-up.
         adamw_mode: True: decoupled weight decay (AdamW); False: decay is added to the gradient (Adam).
         bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵗ out.
-        bucket_mb: MiB of fp32 that travel together; changes no result.
+        bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire after warm-up.
 
@@ -61,7 +60,7 @@ class OnebitAdam(CompressedOptimizer):
         adamw_mode: bool = True,
         bias_correction: bool = True,
         maximize: bool = False,
-        bucket_mb: float = DEFAULT_BUCKET_MB,
+        bucket_mb: float | None = None,
         backend: object = None,
         codec: SignCodec | None = None,
     ) -> None:
