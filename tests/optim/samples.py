@@ -95,9 +95,22 @@ def contents(optimizer: torch.optim.Optimizer, params: Sequence[Tensor] | None =
     return [(bits(p), state_bits(dict(optimizer.state.get(p, {})))) for p in listed]
 
 
-def digest(optimizer: OnebitAdam) -> str:
-    """A checksum of what must be the same on every rank after a step."""
-    return hashlib.sha256(repr(contents(optimizer)).encode()).hexdigest()
+def checksum(content: Any) -> str:
+    """The same for equal contents, in any process."""
+    hashed = hashlib.sha256()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            value = [item for pair in value.items() for item in pair]
+        if isinstance(value, (list, tuple)):
+            hashed.update(f"[{len(value)}".encode())
+            for item in value:
+                walk(item)
+        else:
+            hashed.update(value if isinstance(value, bytes) else repr(value).encode())
+
+    walk(content)
+    return hashed.hexdigest()
 
 
 def feedback(optimizer: OnebitAdam) -> Any:
@@ -166,8 +179,8 @@ def train_network(backend: Backend, freeze_step: int = 3, steps: int = 8) -> lis
         stats = optimizer.stats
         seen.append(
             Step(
-                state=digest(optimizer),
-                feedback=hashlib.sha256(repr(feedback(optimizer)).encode()).hexdigest(),
+                state=checksum(contents(optimizer)),
+                feedback=checksum(feedback(optimizer)),
                 skipped=optimizer.skipped_steps,
                 phase=optimizer.phase(),
                 wire_bytes=stats.wire_bytes - before[0],

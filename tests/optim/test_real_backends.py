@@ -15,7 +15,7 @@ from tests.comm.oracle import wire_bytes
 from tests.optim.samples import NETWORK, Step, train_network
 
 NUMEL = sum(math.prod(shape) for shape in NETWORK)
-KINDS = [("threads", 3), ("gloo", 2), ("gloo", 3), pytest.param("mpi", 3, marks=[pytest.mark.mpi, needs_mpi])]
+KINDS = [("threads", 3), ("gloo", 2), pytest.param("mpi", 3, marks=[pytest.mark.mpi, needs_mpi])]
 
 
 @functools.cache

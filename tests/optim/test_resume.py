@@ -46,8 +46,9 @@ def loaded(backend: Backend, checkpoint: Mapping[str, Any], optimizer: OnebitAda
     return scheduler
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (2, torch.float16), (3, torch.float32)], ids=str
+)
 def test_a_run_resumed_after_any_step_is_bit_equal_to_one_without_a_break(world_size: int, dtype: torch.dtype) -> None:
     def train(backend: Backend) -> None:
         optimizer, params = make(backend, dtype)
