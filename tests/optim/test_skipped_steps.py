@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from onebit.comm import Backend, run_threads
+from onebit.comm import Backend, TransportError, run_threads
 from onebit.optim import OnebitAdam
 from tests.comm.oracle import UNIT
 from tests.comm.samples import bits
@@ -186,3 +186,28 @@ def test_the_count_of_skipped_steps_is_saved() -> None:
         assert all_params(other)[0].isfinite().all()
 
     run_threads(2, train)
+
+
+@pytest.mark.parametrize("number", [1, FREEZE + 2])
+def test_a_rank_that_ends_raises_on_the_others_and_their_step_is_not_made(number: int) -> None:
+    def train(backend: Backend) -> None:
+        params = parameters()
+        groups = [{"params": params[:3]}, {"params": params[3:]}]
+        optimizer = OnebitAdam(groups, freeze_step=FREEZE, backend=backend)
+        for i in range(number):
+            step(optimizer, gradients(params, backend.rank, i))
+        if backend.rank == 1:
+            return
+        before, residuals = contents(optimizer), optimizer.state_dict()["onebit"]["residuals"]
+        for _ in range(2):
+            with pytest.raises(TransportError, match=f"rank {backend.rank}: .* did not complete"):
+                step(optimizer, gradients(params, backend.rank, number))
+            assert contents(optimizer) == before
+            assert [group["step"] for group in optimizer.param_groups] == [number, number]
+        if number > FREEZE:
+            for old, new in zip(residuals, optimizer.state_dict()["onebit"]["residuals"], strict=True):
+                # Two steps put back, each of four roundings of numbers that the residuals exceed at most tenfold.
+                bound = 2 * 4 * UNIT * 10 * float(old["worker"].abs().max())
+                assert torch.allclose(new["worker"], old["worker"], rtol=0, atol=bound)
+
+    run_threads(3, train)
