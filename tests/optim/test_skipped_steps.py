@@ -211,3 +211,28 @@ def test_a_rank_that_ends_raises_on_the_others_and_their_step_is_not_made(number
                 assert torch.allclose(new["worker"], old["worker"], rtol=0, atol=bound)
 
     run_threads(3, train)
+
+
+def test_a_group_whose_average_fails_takes_the_groups_before_it_along() -> None:
+    def train(backend: Backend) -> None:
+        params = parameters()
+        optimizer = OnebitAdam([{"params": params[:3]}, {"params": params[3:]}], freeze_step=FREEZE, backend=backend)
+        for number in range(2 * FREEZE):
+            step(optimizer, gradients(params, backend.rank, number))
+        before, residuals = contents(optimizer), optimizer.state_dict()["onebit"]["residuals"]
+        original, calls = backend._all_to_all, []
+
+        def fail_the_second_time(output: Tensor, input: Tensor) -> Any:
+            calls.append(input)
+            return original(output, input) if len(calls) == 1 else 1 / 0
+
+        backend._all_to_all = fail_the_second_time  # type: ignore[method-assign]
+        with pytest.raises(TransportError, match=f"rank {backend.rank}: all_to_all did not complete"):
+            step(optimizer, gradients(params, backend.rank, 99))
+        assert len(calls) == 2
+        assert contents(optimizer) == before
+        for old, new in zip(residuals, optimizer.state_dict()["onebit"]["residuals"], strict=True):
+            bound = 4 * UNIT * 10 * float(old["worker"].abs().max())  # as above
+            assert torch.allclose(new["worker"], old["worker"], rtol=0, atol=bound)
+
+    run_threads(2, train)
