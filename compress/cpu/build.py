@@ -34,7 +34,7 @@ def compile_kernel(function: Callable[..., None]) -> Callable[..., None]:
 
 def _compile(function: Callable[..., None]) -> Callable[..., None]:
     signature = void(*[int64] * function.__code__.co_argcount)
-    folder = _cache_folder()
+    folder = _cache_folder(Path(function.__code__.co_filename).parent)
     if folder is not None:
         try:
             with _one_process(folder), _cache_in(folder):
@@ -45,15 +45,19 @@ def _compile(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @functools.cache
-def _cache_folder() -> Path | None:
+def _cache_folder(own: Path) -> Path | None:
     """A folder for this version of the sources, or None where nothing can be written.
 
     Numba looks only at the file of the outermost function to decide whether cached code is stale; the kernels inline
     functions of other files, so the folder's name is a hash of all of them.
+
+    Args:
+        own: the folder of the kernel's file; it may use what is there and the functions for one block that are here.
     """
     here = Path(__file__).parent
     digest = hashlib.sha256(numba.__version__.encode())
-    for source in (*sorted(here.glob("*.py")), here.parent / "reference.py"):
+    sources = [source for folder in sorted({own, here}) for source in sorted(folder.glob("*.py"))]
+    for source in (*sources, here.parent / "reference.py"):
         digest.update(source.read_bytes())
     try:
         base = config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

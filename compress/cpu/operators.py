@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,18 +11,13 @@ from torch import Tensor
 
 from onebit.compress import reference
 from onebit.compress.cpu import kernels
-from onebit.compress.cpu.block import BF16, F16, F32
-from onebit.compress.cpu.build import compile_kernel
+from onebit.compress.cpu.block import F32
+from onebit.compress.cpu.launch import CODES, address, addresses, launch
 from onebit.compress.layout import Layout, ceil_div
 from onebit.compress.reference import Groups
-from onebit.compress.threads import share_out
 
 name = "cpu"
 
-_CODES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
-_compiled = functools.cache(compile_kernel)
-
-LEAST_ELEMENTS = 1 << 16  # per thread; waking a thread costs as much as encoding about this many
 STREAM_BYTES = 1 << 22  # an output of this size does not stay in the cache anyway, so it is written past it
 
 
@@ -31,11 +25,11 @@ def encode(
     tensors: Sequence[Tensor], residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout, squared: bool
 ) -> None:
     """As `reference.encode`."""
-    bases = _addresses(tensors)
+    bases = addresses(tensors)
     sums = np.zeros((layout.blocks if layout.shared_scale else 0, 3), np.float32)
 
     def run(stage: int) -> None:
-        _run(
+        launch(
             kernels.encode_blocks,
             layout.blocks,
             layout.block_size,
@@ -44,8 +38,8 @@ def encode(
             layout.offset_of_block.ctypes.data,
             layout.count_of_block.ctypes.data,
             _code(tensors),
-            _address(residual),
-            _address(mask),
+            address(residual),
+            address(mask),
             out.data_ptr(),
             layout.chunk_blocks,
             layout.bits_bytes,
@@ -75,15 +69,15 @@ def reduce_encode(
     sums = np.zeros((layout.chunk_blocks if layout.shared_scale else 0, 3), np.float32)
 
     def run(stage: int) -> None:
-        _run(
+        launch(
             kernels.reduce_encode_blocks,
             layout.chunk_blocks,
             layout.block_size,
             payloads.data_ptr(),
             payloads.shape[0],
             counts.ctypes.data,
-            _address(residual),
-            _address(masked),
+            address(residual),
+            address(masked),
             out.data_ptr(),
             layout.bits_bytes,
             layout.payload_bytes,
@@ -98,9 +92,9 @@ def reduce_encode(
 
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
     """As `reference.decode`."""
-    bases = _addresses(tensors)
+    bases = addresses(tensors)
     written = layout.padded_numel * (tensors[0].element_size() if tensors else 0)
-    _run(
+    launch(
         kernels.decode_blocks,
         layout.blocks,
         layout.block_size,
@@ -110,7 +104,7 @@ def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], lay
         layout.offset_of_block.ctypes.data,
         layout.count_of_block.ctypes.data,
         _code(tensors),
-        _address(mask),
+        address(mask),
         layout.chunk_blocks,
         layout.bits_bytes,
         layout.payload_bytes,
@@ -122,18 +116,13 @@ def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], lay
 def pack_signs(x: Tensor, out: Tensor) -> None:
     """As `reference.pack_signs`."""
     words = ceil_div(x.numel(), 32)
-    _run(kernels.pack_words, words, 32, x.data_ptr(), _code([x]), x.numel(), out.data_ptr())
+    launch(kernels.pack_words, words, 32, x.data_ptr(), _code([x]), x.numel(), out.data_ptr())
 
 
 def unpack_signs(bits: Tensor, out: Tensor) -> None:
     """As `reference.unpack_signs`."""
     words = ceil_div(out.numel(), 32)
-    _run(kernels.unpack_words, words, 32, bits.data_ptr(), out.data_ptr(), _code([out]), out.numel())
-
-
-def _run(kernel: Callable[..., None], items: int, elements_per_item: int, *arguments: int) -> None:
-    least = ceil_div(LEAST_ELEMENTS, elements_per_item)
-    share_out(_compiled(kernel), items, least, *arguments)
+    launch(kernels.unpack_words, words, 32, bits.data_ptr(), out.data_ptr(), _code([out]), out.numel())
 
 
 def _visit(
@@ -157,13 +146,5 @@ def _visit(
     run(kernels.GIVEN_SCALES)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
-    return np.array([t.data_ptr() for t in tensors], np.int64)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _code(tensors: Sequence[Tensor]) -> int:
-    return _CODES[tensors[0].dtype] if tensors else F32
+    return CODES[tensors[0].dtype] if tensors else F32

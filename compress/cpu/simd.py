@@ -233,6 +233,19 @@ def multiply(builder: Any, a: Any, b: Any) -> Any:
     return builder.fmul(a, b)
 
 
+@_operation(f32x32, f32x32, f32x32)
+def divide(builder: Any, a: Any, b: Any) -> Any:
+    """a / b, each lane rounded once."""
+    return builder.fdiv(a, b)
+
+
+@_operation(f32x32, f32x32)
+def square_root(builder: Any, a: Any) -> Any:
+    """The root of each lane, rounded once; NaN for a negative one."""
+    kind = ir.FunctionType(a.type, [a.type])
+    return builder.call(builder.module.declare_intrinsic(f"llvm.sqrt.v{LANES}f32", fnty=kind), [a])
+
+
 @_operation(f32x32, f32x32)
 def absolute(builder: Any, a: Any) -> Any:
     """|a|."""
@@ -280,6 +293,23 @@ def count_ones(builder: Any, word: Any) -> Any:
 def to_f16(builder: Any, value: Any) -> Any:
     """The bits of `value` in fp16, to nearest, ties to even."""
     return builder.bitcast(builder.fptrunc(value, _F16), _I16)
+
+
+@_operation(u16x32, f32x32)
+def to_bf16_lanes(builder: Any, a: Any) -> Any:
+    """The bits of each lane in bf16, to nearest, ties to even; NaN stays NaN."""
+    words = builder.bitcast(a, _vector(_I32))
+    high = builder.lshr(words, _constant(16, _I32))
+    tie = builder.and_(high, _constant(1, _I32))
+    rounded = builder.lshr(builder.add(builder.add(words, _constant(0x7FFF, _I32)), tie), _constant(16, _I32))
+    quiet = builder.or_(high, _constant(0x0040, _I32))
+    return builder.trunc(builder.select(builder.fcmp_unordered("uno", a, a), quiet, rounded), _vector(_I16))
+
+
+@_operation(u16x32, f32x32)
+def to_f16_lanes(builder: Any, a: Any) -> Any:
+    """The bits of each lane in fp16, to nearest, ties to even."""
+    return builder.bitcast(builder.fptrunc(a, _vector(_F16)), _vector(_I16))
 
 
 @_operation(types.uint32, types.float32)

@@ -155,18 +155,31 @@ def test_a_changed_source_is_compiled_into_a_folder_of_its_own(cache: Path, monk
     """Numba itself would not notice: it looks at the file of the outermost function only."""
     package = cache / "compress"
     (package / "cpu").mkdir(parents=True)
+    other = cache / "other"
+    other.mkdir()
+    (other / "kernels.py").write_text("")
     for source in (*Path(operators.__file__).parent.glob("*.py"), Path(reference.__file__)):
         shutil.copy(source, package / "cpu" if source.parent.name == "cpu" else package)
     monkeypatch.setattr(build, "__file__", str(package / "cpu" / "build.py"))
-    folders = [build._cache_folder()]
-    for source in ("cpu/simd.py", "cpu/block.py", "reference.py"):
-        with open(package / source, "a", encoding="utf-8") as file:
+    folders = [build._cache_folder(other)]
+    shared = [package / source for source in ("cpu/simd.py", "cpu/block.py", "reference.py")]
+    for source in (*shared, other / "kernels.py"):
+        with open(source, "a", encoding="utf-8") as file:
             file.write("# changed\n")
-        folders.append(build._cache_folder())
+        folders.append(build._cache_folder(other))
     assert None not in folders
-    assert len(set(folders)) == 4
+    assert len(set(folders)) == 5
     monkeypatch.setattr(numba, "__version__", "0.0")
-    assert build._cache_folder() not in folders
+    assert build._cache_folder(other) not in folders
+
+
+def test_a_change_in_another_packages_kernels_leaves_the_codecs_compiled(cache: Path) -> None:
+    own, other = Path(build.__file__).parent, cache / "other"
+    other.mkdir()
+    before = build._cache_folder(own)
+    (other / "kernels.py").write_text("# a kernel\n")
+    assert build._cache_folder(other) != before
+    assert build._cache_folder(own) == before
 
 
 def test_threads_that_need_a_kernel_at_once_compile_it_once(monkeypatch: pytest.MonkeyPatch) -> None:

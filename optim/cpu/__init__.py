@@ -1,0 +1,1 @@
+"""The optimizers' kernels for CPU tensors, by Numba."""
