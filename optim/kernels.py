@@ -10,7 +10,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from onebit.comm.bucket import Part
+from onebit.comm import Part
 from onebit.compress import SignCodec
 
 IMPLEMENTATIONS = {"cpu": "onebit.optim.cpu.momentum", "gpu": "onebit.optim.gpu.momentum"}  # named as the codec's
@@ -83,7 +83,7 @@ class StepKernels(Protocol):
         l2: float,
         proceed: Tensor | None = None,
     ) -> None:
-        """Put ``part.residual`` back to what it was before `encode_momentum` with the same arguments, to within rounding.
+        """Put ``part.residual`` back to before `encode_momentum` with the same arguments, to within rounding.
 
         residual ← (residual + sent) - c, c the sum without the residual; blocks that sent NaN have kept theirs.
 
