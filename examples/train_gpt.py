@@ -15,13 +15,13 @@ import math
 import os
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from gpt import Gpt, Size
+from ranks import checksums, mean_over_ranks
 from record import Record, environment
 from text import VOCABULARY, load, sample, windows
 from torch import Tensor, nn
@@ -153,26 +153,6 @@ def held_out_loss(
     for some, wanted in zip(inputs.split(options.batch), targets.split(options.batch), strict=True):
         total += next_byte_loss(model, some.to(device), wanted.to(device)).item() * len(some)
     return mean_over_ranks([total * backend.size / HELD_OUT_WINDOWS], backend, device)[0]
-
-
-def mean_over_ranks(values: list[float], backend: Backend, device: torch.device) -> list[float]:
-    """The mean over ranks of each of `values`, on every rank."""
-    total = torch.tensor(values, device=device)
-    backend.all_reduce(total).wait()
-    means: list[float] = (total / backend.size).tolist()
-    return means
-
-
-def checksums(parameters: list[nn.Parameter], backend: Backend) -> list[int]:
-    """A CRC of every rank's parameters, in rank order, on every rank."""
-    crc = 0
-    for parameter in parameters:
-        crc = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), crc)
-    mine = torch.tensor([crc], device=parameters[0].device)
-    everyone = mine.new_empty(backend.size)
-    backend.all_gather(everyone, mine).wait()
-    numbers: list[int] = everyone.tolist()
-    return numbers
 
 
 def clock(device: torch.device) -> float:
