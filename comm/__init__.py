@@ -6,6 +6,7 @@ from onebit.comm.backend import Backend, Traffic, Work
 from onebit.comm.broadcast import broadcast
 from onebit.comm.dense import DenseAllreduce, DenseWork
 from onebit.comm.errors import BackendError, MismatchError, TransportError
+from onebit.comm.part import Part
 from onebit.comm.registry import make_backend
 from onebit.comm.residual import Residual
 from onebit.comm.stats import Stats
@@ -22,6 +23,7 @@ __all__ = [
     "InputError",
     "MismatchError",
     "OnebitError",
+    "Part",
     "Residual",
     "Stats",
     "Traffic",

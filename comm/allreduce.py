@@ -8,7 +8,7 @@ Two-phase compressed averaging with error feedback on both sides: Tang et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from onebit.comm.backend import Backend
 from onebit.comm.bucket import Bucket
+from onebit.comm.part import Part
 from onebit.comm.residual import Place, Residual
 from onebit.comm.stats import Stage, Stats, fp32_bytes
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, all_finite, as_list, check_same, resolve
@@ -96,19 +97,37 @@ class CompressedAllreduce:
             InputError: not the tensors this was made for, or the last work is not done; nothing was changed.
             TransportError: the transport refused to start; the error feedback is as before.
         """
-        if self._flight is not None:
-            raise InputError(
-                f"rank {self.backend.rank}: start() again before the last work's wait(); its buffers are still in use"
-            )
         listed = as_list(tensors)
         check_same(self.backend.rank, listed, self._like)
-        work = CompressedWork(self, listed)
-        if self._buckets:
-            self._flight = work
-        self.stats.calls += 1
-        self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
-        work.send()
+        self._check_idle()
+        rows = self._rows(listed, copy=True) if self._buckets else listed
+        work = CompressedWork(self, lambda part: part.encode(self.codec, rows), self._codec_undo(rows), listed)
+        self._begin(work)
         return work
+
+    def start_with(self, encode: Callable[[Part], None], undo: Callable[[Part], None] | None = None) -> CompressedWork:
+        """As `start`, but `encode` fills `sent` and updates `residual` of each part; one part's bytes travel meanwhile.
+
+        With one rank there are no parts, and nothing is called.
+
+        Args:
+            encode: called once per part, in order; its work is queued on torch's current stream.
+            undo: puts `residual` of a part that was encoded back; called by `CompressedWork.undo`, and when the
+                transport fails. None: the caller does it where it catches the `TransportError`.
+
+        Raises:
+            InputError: the last work is not done; nothing was changed.
+            TransportError: the transport refused to start; the error feedback is as before if `undo` was given.
+        """
+        self._check_idle()
+        work = CompressedWork(self, encode, undo)
+        self._begin(work)
+        return work
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """What travels together, in order, with buffers that keep their addresses; none with one rank."""
+        return [bucket.part for bucket in self._buckets]
 
     def set_mask(self, masks: Sequence[Tensor] | None) -> None:
         """Take elements out of the average from now on: they are sent as nothing, hold no residual and become 0.
@@ -155,6 +174,23 @@ class CompressedAllreduce:
         parts = zip(place.layouts, self.residual.worker, self.residual.server, strict=True)
         return [Bucket(self.codec, layout, self.backend, worker, server) for layout, worker, server in parts]
 
+    def _check_idle(self) -> None:
+        if self._flight is not None:
+            raise InputError(
+                f"rank {self.backend.rank}: start() again before the last work's wait(); its buffers are still in use"
+            )
+
+    def _begin(self, work: CompressedWork) -> None:
+        if self._buckets:
+            self._flight = work
+        self.stats.calls += 1
+        self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
+        work._send()
+
+    def _codec_undo(self, rows: Sequence[Tensor]) -> Callable[[Part], None]:
+        """How to undo an encoding of these row-major tensors."""
+        return lambda part: part.undo_encode(self.codec, rows)
+
     def _rows(self, tensors: Sequence[Tensor], copy: bool) -> list[Tensor]:
         """The tensors in row-major order: themselves, or for other strides a buffer, filled if `copy`."""
         rows = []
@@ -184,32 +220,46 @@ class CompressedAllreduce:
 
 
 class CompressedWork:
-    """One compressed average under way."""
+    """One compressed average under way; it ends with one of `wait`, `decode`, `accept`, `undo` and `settle_server`."""
 
-    def __init__(self, owner: CompressedAllreduce, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        owner: CompressedAllreduce,
+        encode: Callable[[Part], None],
+        undo_encode: Callable[[Part], None] | None,
+        given: Sequence[Tensor] | None = None,
+    ) -> None:
         self._owner = owner
         self._buckets = owner._buckets
-        self._given = tensors
-        self._tensors = owner._rows(tensors, copy=True)
+        self._encode = encode
+        self._undo_encode = undo_encode
+        self._given = given
         self._received = False
 
     def wait(self) -> None:
         """Replace the tensors given to `start` by their mean over ranks.
 
         Raises:
+            InputError: `start_with` made this work, so there are no tensors; nothing was changed.
             TransportError: a peer is dead or too slow. Buckets that were complete are averaged, the others keep their
                 values, and their error feedback is as before `start` to within rounding.
         """
+        if self._given is None:
+            raise InputError(
+                f"rank {self._owner.backend.rank}: wait() has no tensors to write to, as start_with() was called; "
+                "call finish(), then decode(out) or accept()"
+            )
+        rows = self._owner._rows(self._given, copy=False) if self._buckets else self._given
         if not self._received:
             self._reduce()
         for bucket in self._buckets:
             if not self._received:
                 self._receive(bucket)
-            self._decode(bucket, self._tensors)
-        self._owner._done(self._given, self._tensors if self._buckets else self._given)
+            self._decode(bucket, rows)
+        self._owner._done(self._given, rows)
 
     def finish(self) -> None:
-        """Return when every payload is here and nothing but the error feedback has changed; then `decode` or `undo`.
+        """Return when every payload is here and nothing but the error feedback has changed; then end the work.
 
         Raises:
             TransportError: a peer is dead or too slow; the error feedback is as before to within rounding.
@@ -224,9 +274,13 @@ class CompressedWork:
 
         With one rank nothing is sent, and the tensors themselves are looked at. Masked elements may be anything.
         """
-        if not self._buckets:
-            return all_finite(self._owner._taking_part(self._given))
-        return torch.stack([bucket.all_finite() for bucket in self._buckets]).all()
+        if self._buckets:
+            return torch.stack(
+                [self._owner.codec.all_finite(b.part.gathered, b.part.layout) for b in self._buckets]
+            ).all()
+        if self._given is None:
+            return torch.ones((), dtype=torch.bool, device=self._owner._device)
+        return all_finite(self._owner._taking_part(self._given))
 
     def decode(self, out: Tensors) -> None:
         """After `finish`: write the mean to `out`, shaped as the tensors given to `start`, which may be the same.
@@ -236,26 +290,62 @@ class CompressedWork:
         """
         targets = as_list(out)
         check_same(self._owner.backend.rank, targets, self._owner._like)
-        rows = self._owner._rows(targets, copy=False) if self._buckets else self._given
+        rows = self._owner._rows(targets, copy=False) if self._buckets else self._given or targets
         for bucket in self._buckets:
             self._decode(bucket, rows)
         self._owner._done(targets, rows)
 
-    def undo(self) -> None:
-        """Instead of `decode` or `wait`: put the error feedback back to what it was before `start`.
-
-        It is recomputed from what was sent and from the tensors, which must be as they were, so it is the old one to
-        within rounding (a few units in the last place of the largest of the numbers involved); no copy is kept for it.
-        """
+    def accept(self) -> None:
+        """After `finish`, instead of `decode`: the caller has consumed `gathered` of every part by itself."""
         for bucket in self._buckets:
-            bucket.undo(self._tensors)
+            bucket.encoded = False
         self._owner._flight = None
 
-    def send(self) -> None:
-        """Phase 1 up to the transport; `start` calls it."""
+    def undo(self, tensors: Tensors | None = None) -> None:
+        """Instead of `decode` or `accept`: put the error feedback back to what it was before `start`.
+
+        It is recomputed from what was sent and from what was encoded, so it is the old one to within rounding (a few
+        units in the last place of the largest of the numbers involved); no copy is kept for it. Buckets that are
+        decoded or accepted stay as they are.
+
+        Args:
+            tensors: what was encoded, shaped as the tensors that the average was made for. None: what was given to
+                `start`, which must be as it was; or `start_with` was told how to undo.
+
+        Raises:
+            InputError: `start_with` was not told how to undo and `tensors` is None, or they do not fit; nothing was
+                changed.
+        """
+        undo_encode = self._undo_encode
+        if tensors is not None:
+            listed = as_list(tensors)
+            check_same(self._owner.backend.rank, listed, self._owner._like)
+            undo_encode = self._owner._codec_undo(self._owner._rows(listed, copy=True))
+        elif undo_encode is None and any(bucket.encoded for bucket in self._buckets):
+            raise InputError(
+                f"rank {self._owner.backend.rank}: undo() does not know what was encoded; give it the tensors, or tell "
+                "start_with() how to undo"
+            )
+        self._put_back(undo_encode)
+
+    def settle_server(self, finite: Tensor) -> None:
+        """After `finish`: end the work where the host does not know whether the step will be made; never waits.
+
+        The server's error feedback is put back where `finite` is false. That of this rank, `residual` of the parts, is
+        the caller's to put back.
+
+        Args:
+            finite: 0-dim bool on the device of the tensors, the same on every rank.
+        """
+        for bucket in self._buckets:
+            bucket.undo_reduce(keep=finite)
+        self.accept()
+
+    def _send(self) -> None:
+        """Phase 1 up to the transport."""
         for bucket in self._buckets:
             with self._stage("encode"):
-                bucket.encode(self._tensors)
+                bucket.encode(self._encode)
             with self._stage("all_to_all"):
                 bucket.exchange()
 
@@ -272,13 +362,24 @@ class CompressedWork:
         with self._stage("all_gather"):
             bucket.wait_gather()
 
-    def _decode(self, bucket: Bucket, targets: Sequence[Tensor]) -> None:
+    def _decode(self, bucket: Bucket, rows: Sequence[Tensor]) -> None:
         with self._stage("decode"):
-            bucket.decode(targets)
+            bucket.part.decode(self._owner.codec, rows)
+        bucket.encoded = False
+
+    def _put_back(self, undo_encode: Callable[[Part], None] | None) -> None:
+        """Undo what is encoded; the worker's side only if it is known how."""
+        for bucket in self._buckets:
+            if bucket.encoded and undo_encode is not None:
+                undo_encode(bucket.part)
+            if bucket.encoded:
+                bucket.undo_reduce()
+            bucket.encoded = False
+        self._owner._flight = None
 
     def _stage(self, name: str) -> Stage:
         """Counts a stage; when the transport fails in it, the error feedback of what was not averaged is put back."""
-        return self._owner.stats.stage(name, self._owner.backend, self.undo)
+        return self._owner.stats.stage(name, self._owner.backend, lambda: self._put_back(self._undo_encode))
 
 
 def compressed_allreduce(

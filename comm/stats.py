@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from onebit.comm.backend import Backend
-from onebit.comm.errors import TransportError
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Stats:
         """Count the time and the traffic of a `with` block under `name`.
 
         Args:
-            on_failure: called when the block ends with a `TransportError`.
+            on_failure: called when the block ends with an exception.
         """
         return Stage(self, name, backend, on_failure)
 
@@ -60,7 +59,7 @@ class Stage:
         seconds[self._name] = seconds.get(self._name, 0.0) + time.perf_counter() - self._since
         self._stats.collectives += self._traffic.collectives - self._collectives
         self._stats.wire_bytes += self._traffic.wire_bytes - self._wire_bytes
-        if self._on_failure is not None and isinstance(error, TransportError):
+        if self._on_failure is not None and isinstance(error, Exception):
             self._on_failure()
 
 

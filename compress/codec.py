@@ -247,6 +247,25 @@ class SignOperators:
         if layout.blocks:
             self.kernels.reduce_encode(payloads, residual, mask, out, layout, chunk, self.squared)
 
+    def undo_reduce(
+        self,
+        payloads: Tensor,
+        residual: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        layout: Layout,
+        chunk: int,
+        keep: Tensor | None = None,
+    ) -> None:
+        """Put `residual` back to what it was before `reduce_encode` of the same arguments, to within rounding.
+
+        Args:
+            keep: 0-dim bool on the same device: nothing is put back where it is true, and the host need not know; None:
+                it is put back.
+        """
+        if layout.blocks:
+            self.kernels.undo_reduce(payloads, residual, mask, out, layout, chunk, keep)
+
     def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
         """As `SignCodec.decode`."""
         if layout.blocks:

@@ -54,6 +54,18 @@ class Kernels(Protocol):
     ) -> None:
         """Every rank's payload of one chunk to the payload of their mean."""
 
+    def undo_reduce(
+        self,
+        payloads: Tensor,
+        residual: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        layout: Layout,
+        chunk: int,
+        keep: Tensor | None,
+    ) -> None:
+        """The residual as it was before reduce_encode, unless `keep`."""
+
     def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
         """One payload per chunk to tensors."""
 

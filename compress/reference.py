@@ -45,17 +45,36 @@ def reduce_encode(
     squared: bool,
 ) -> None:
     """Write the payload of the mean of `payloads` (ranks, payload_bytes), all of `chunk`, to `out`."""
-    ranks = payloads.shape[0]
-    values = torch.full((layout.chunk_blocks, layout.block_size), -0.0, device=out.device)  # -0.0 + x is x, -0.0 too
-    for rank in range(ranks):
-        signs, scales = _sections(payloads[rank : rank + 1], layout)
-        share = (scales / ranks).view(-1, 1)
-        values += torch.where(signs.view(values.shape), share, -share)
     real = _real(layout, layout.chunk_segments(chunk), layout.chunk_blocks, out.device)
-    if mask is not None:
-        mask = mask[chunk * layout.chunk_numel // 8 : (chunk + 1) * layout.chunk_numel // 8]
+    mask = _mask_of(mask, layout, chunk)
     groups = layout.scale_groups(chunk) if layout.shared_scale else None
-    _quantize(values.view(-1), residual, real, mask, out.view(1, -1), layout, squared, groups)
+    _quantize(_mean(payloads, layout).view(-1), residual, real, mask, out.view(1, -1), layout, squared, groups)
+
+
+@torch.no_grad()
+def undo_reduce(
+    payloads: Tensor,
+    residual: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    layout: Layout,
+    chunk: int,
+    keep: Tensor | None,
+) -> None:
+    """Put `residual` (chunk_numel,) back to what it was before `reduce_encode` wrote `out`, to within rounding.
+
+    Args:
+        keep: 0-dim bool on the same device: nothing is put back where it is true; None: it is put back.
+    """
+    said = _mean(out.view(1, -1), layout)
+    unchanged = said.isnan() | ~_real(layout, layout.chunk_segments(chunk), layout.chunk_blocks, out.device)
+    dead = _mask_of(mask, layout, chunk)
+    if dead is not None:
+        unchanged |= unpack_bits(dead).view(unchanged.shape)
+    if keep is not None:
+        unchanged |= keep
+    now = residual.view(unchanged.shape)
+    now.copy_(torch.where(unchanged, now, (now + said) - _mean(payloads, layout)))
 
 
 @torch.no_grad()
@@ -180,6 +199,22 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
         return values.to(dtype)
     truncated = (values.view(torch.int32) >> 16).to(torch.int16).view(dtype)
     return torch.where(values.isnan(), truncated, values.to(dtype))
+
+
+def _mean(payloads: Tensor, layout: Layout) -> Tensor:
+    """(chunk_blocks, block_size) fp32: the mean of what payloads (ranks, payload_bytes) of one chunk decode to."""
+    ranks = payloads.shape[0]
+    values = torch.full((layout.chunk_blocks, layout.block_size), -0.0, device=payloads.device)  # -0.0 + x is x
+    for rank in range(ranks):
+        signs, scales = _sections(payloads[rank : rank + 1], layout)
+        share = (scales / ranks).view(-1, 1)
+        values += torch.where(signs.view(values.shape), share, -share)
+    return values
+
+
+def _mask_of(mask: Tensor | None, layout: Layout, chunk: int) -> Tensor | None:
+    """The bits of one chunk."""
+    return None if mask is None else mask[chunk * layout.chunk_numel // 8 : (chunk + 1) * layout.chunk_numel // 8]
 
 
 def _sections(payloads: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

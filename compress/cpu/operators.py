@@ -90,6 +90,9 @@ def reduce_encode(
     _visit(run, out.view(1, -1), sums, layout, layout.scale_groups(chunk), squared)
 
 
+undo_reduce = reference.undo_reduce  # only for a step that is not made
+
+
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
     """As `reference.decode`."""
     bases = addresses(tensors)

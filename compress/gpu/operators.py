@@ -15,6 +15,7 @@ name = "gpu"
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FUSED, _SUMS_ONLY, _GIVEN_SCALES = 0, 1, 2
+_LOOPING_WARPS = 8192  # fill any device, for kernels that loop because they mostly have nothing to do
 _BYTES_OF_SUMS = 16  # per block: two fp32 sums and an int64 count
 
 
@@ -67,6 +68,24 @@ def reduce_encode(
         _in_two_visits(run, layout.chunk_blocks, out, layout, squared, chunk)
     elif others.n:
         run(_FUSED, 0)
+
+
+def undo_reduce(
+    payloads: Tensor,
+    residual: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    layout: Layout,
+    chunk: int,
+    keep: Tensor | None,
+) -> None:
+    """As `reference.undo_reduce`."""
+    _, blocks = chunk_entries(layout, chunk, out.device, plain=False)
+    masked = 0 if mask is None else mask.data_ptr() + chunk * layout.chunk_numel // 8
+    arguments = (blocks.address, blocks.n, residual.data_ptr(), masked, out.data_ptr(), _address(keep))
+    source = (payloads.data_ptr(), payloads.shape[0])
+    shape = (*_sizes(layout), layout.block_size)
+    launch("undo.cu", "undo_reduce", out.device, 32 * min(blocks.n, _LOOPING_WARPS), *source, *arguments, *shape)
 
 
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:

@@ -1,0 +1,70 @@
+"""The public face of a bucket: what it sends and what comes back, for whoever encodes and decodes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onebit.compress import SignCodec
+from onebit.compress.layout import Layout
+from onebit.compress.reference import unpack_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The tensors, or pieces of tensors, of one dtype that travel together. All buffers keep their addresses.
+
+    Attributes:
+        layout: how they are laid out, for a list of only the tensors that this part uses.
+        used: which those are, as indices into the list that the average was made for.
+        residual: (layout.padded_numel,) fp32, error feedback of this rank; whoever encodes updates it in place.
+        mask: (layout.padded_numel / 8,) uint8, set where an element takes no part; None: all take part. A later
+            `set_mask` makes new parts.
+        sent: (layout.chunks · layout.payload_bytes,) uint8, one payload per rank; whoever encodes fills it.
+        gathered: of the same size: once the work is finished one payload per chunk, which together are the mean.
+        squared: scales are root mean squares, else means of absolute values.
+    """
+
+    layout: Layout
+    used: tuple[int, ...]
+    residual: Tensor
+    mask: Tensor | None
+    sent: Tensor
+    gathered: Tensor
+    squared: bool
+
+    def encode(self, codec: SignCodec, rows: Sequence[Tensor]) -> None:
+        """Fill `sent` from the whole list of tensors, row-major, and update `residual`."""
+        operators = codec.unchecked(self.residual.device)
+        operators.encode(self._pick(rows), self.residual, self.mask, self.sent, self.layout)
+
+    def decode(self, codec: SignCodec, rows: Sequence[Tensor]) -> None:
+        """Write the mean to this part of the whole list of tensors, row-major."""
+        operators = codec.unchecked(self.residual.device)
+        operators.decode(self.gathered, self.mask, self._pick(rows), self.layout)
+
+    def undo_encode(self, codec: SignCodec, rows: Sequence[Tensor]) -> None:
+        """Put `residual` back to what it was before `encode` of the same list, to within rounding."""
+        rows, layout = self._pick(rows), self.layout
+        given = torch.zeros_like(self.residual)
+        for s in layout.segments:
+            given[layout.residual_span(s)] = rows[s.tensor].view(-1)[s.offset : s.offset + s.numel].float()
+        if self.mask is not None:
+            given[unpack_bits(self.mask)] = 0.0
+        said = self._said(codec)
+        # A block that said NaN left its residual as it was.
+        self.residual.copy_(torch.where(said.isnan(), self.residual, (self.residual + said) - given))
+
+    def _said(self, codec: SignCodec) -> Tensor:
+        """What `sent` decodes to, flat fp32 in block order; padding and masked elements are 0."""
+        layout = self.layout.by_segment()
+        flat = torch.zeros_like(self.residual)
+        values = [flat[layout.residual_span(s)] for s in layout.segments]
+        codec.unchecked(flat.device).decode(self.sent, self.mask, values, layout)
+        return flat
+
+    def _pick(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [rows[i] for i in self.used]
