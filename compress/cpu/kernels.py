@@ -33,7 +33,7 @@ _RESCUE = np.float32(2.0**-96)
 
 
 @inline
-def _finish(
+def finish_block(
     c: int, r: int, bits: int, scale: int, n: int, words: int, mask: int, squared: int, stage: int, sums: int
 ) -> None:
     """What encode and reduce_encode have in common once c is there: the scale at address `scale`, signs, residual."""
@@ -83,7 +83,7 @@ def encode_blocks(
         load_values(c, x, dtype, n, words)
         add_residual(c, r, n, words, m)
         bits, scale = payload + block_size // 8 * index, payload + bits_bytes + 4 * index
-        _finish(c, r, bits, scale, n, words, m, squared, stage, sums + 12 * block)
+        finish_block(c, r, bits, scale, n, words, m, squared, stage, sums + 12 * block)
     scratch[0] = 0.0  # the last use
 
 
@@ -118,7 +118,7 @@ def reduce_encode_blocks(
             simd.put_f32(shares + 4 * rank, s / np.float32(ranks))
         load_mean(c, payloads + bits, payload_bytes, shares, ranks, words)
         add_residual(c, r, n, words, m)
-        _finish(c, r, out + bits, out + scale, n, words, m, squared, stage, sums + 12 * block)
+        finish_block(c, r, out + bits, out + scale, n, words, m, squared, stage, sums + 12 * block)
     scratch[0] = 0.0  # the last use
 
 

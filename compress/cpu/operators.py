@@ -50,7 +50,7 @@ def encode(
             sums.ctypes.data,
         )
 
-    _visit(run, out.view(layout.chunks, -1), sums, layout, layout.scale_groups(), squared)
+    visit_blocks(run, out.view(layout.chunks, -1), sums, layout, layout.scale_groups(), squared)
 
 
 def reduce_encode(
@@ -87,7 +87,7 @@ def reduce_encode(
             sums.ctypes.data,
         )
 
-    _visit(run, out.view(1, -1), sums, layout, layout.scale_groups(chunk), squared)
+    visit_blocks(run, out.view(1, -1), sums, layout, layout.scale_groups(chunk), squared)
 
 
 undo_reduce = reference.undo_reduce  # only for a step that is not made
@@ -128,7 +128,7 @@ def unpack_signs(bits: Tensor, out: Tensor) -> None:
     launch(kernels.unpack_words, words, 32, bits.data_ptr(), out.data_ptr(), _code([out]), out.numel())
 
 
-def _visit(
+def visit_blocks(
     run: Callable[[int], None],
     payloads: Tensor,
     sums: npt.NDArray[np.float32],
