@@ -15,7 +15,9 @@ from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.tensors import describe
 from onebit.compress import InputError, SignCodec
 from onebit.compress.kernels import DTYPES
-from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers
+from onebit.optim.options import check_flags, check_supported
+from onebit.optim.pending import PendingSteps
 
 _log = logging.getLogger(__name__)
 
@@ -31,19 +33,45 @@ class CompressedOptimizer(torch.optim.Optimizer):
     number on any rank is skipped by all: parameters and moments stay as they are, error feedback is put back to within
     rounding, and the step is not counted.
 
-    Attributes:
-        skipped_steps: steps skipped because some rank had a non-finite number.
+    A subclass implements `_exchange` and `_check_options`, and the other hooks below where it needs them. What it must
+    know of a group to go on from a checkpoint is in the group's options or in ``state``, so that torch saves it.
+
+    `torch.amp.GradScaler` may drive it: ``scaler.step`` always calls `step`, which unscales gradients as it reads them,
+    so the ranks agree about a skipped step here. Each rank's scaler follows its own gradients; their scales may differ.
+
+    Args:
+        params: as for any torch optimizer.
+        defaults: the options of a group and their default values, progress included; see `_progress`.
+        master_weights: keep an fp32 copy of parameters in half precision, so that small updates add up.
+        unsupported: keyword arguments that the subclass does not know, to be refused.
+        bucket_mb, backend, codec: as for `onebit.comm.CompressedAllreduce`.
+
+    Raises:
+        InputError: an option is out of range or unknown, or a parameter cannot be averaged.
+        BackendError: the backend is unknown or cannot be used.
     """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler's protocol: it sets the two below and calls step() always
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    # Options of a group that tell how far it has come, with their start; a state of torch's own Adam lacks them.
+    _progress: Mapping[str, Any] = {"step": 0}
 
     def __init__(
         self,
         params: Any,
         defaults: dict[str, Any],
         *,
+        master_weights: bool = False,
+        unsupported: Mapping[str, Any] | None = None,
         bucket_mb: float | None = None,
         backend: object = None,
         codec: SignCodec | None = None,
     ) -> None:
+        check_supported(type(self).__name__, unsupported or {}, known=False)
+        defaults = {**defaults, "compress": True, "master_weights": master_weights, **self._progress}
+        self._check_group_options(defaults)
         self._bucket_mb = None if bucket_mb is None else bucket_mb_for([], bucket_mb)
         self._codec = SignCodec() if codec is None else codec
         # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process
@@ -52,16 +80,23 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._backend: Backend | None = None if backend is None else make_backend(backend)
         self._reducers: list[GroupReducers] = []
         self._agreed = False
-        self.skipped_steps = 0
-        super().__init__(params, {**defaults, "step": 0})
+        self._pending = PendingSteps()
+        self._skipped_steps = 0
+        super().__init__(params, defaults)
 
     @property
     def backend(self) -> Backend:
         """The resolved backend."""
         if self._backend is None:
-            device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else None
+            device = next((p.device for group in self.param_groups for p in group["params"]), None)
             self._backend = make_backend(self._spec, device=device)
         return self._backend
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because some rank had a non-finite number; waits for the device where it must."""
+        self._pending.wait()
+        return self._skipped_steps
 
     @property
     def stats(self) -> Stats:
@@ -112,35 +147,33 @@ class CompressedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._agree(self._refused_gradient())
+        self._pending.poll()
+        if any(self._schedule_depends_on(group, len(self._pending)) for group in self.param_groups):
+            self._pending.wait()
         exchanges: list[Exchange] = []
         try:
             for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
                 exchanges.append(self._exchange(group, reducers))
-            finite = all(bool(exchange.all_finite()) for exchange in exchanges)
+            flags = [exchange.all_finite() for exchange in exchanges]
+            settling = _settling(exchanges, flags)
+            made = not settling and all(bool(flag) for flag in flags)
         except Exception:
             for exchange in exchanges:
                 exchange.undo()
             raise
-        if finite:
-            for group, exchange in zip(self.param_groups, exchanges, strict=True):
-                group["step"] += 1
-                exchange.commit()
+        if settling:
+            self._settle(settling, torch.stack(flags).all())
         else:
-            for exchange in exchanges:
-                exchange.undo()
-            self.skipped_steps += 1
-            _log.warning(
-                "rank %d: step skipped, some rank has a non-finite gradient (%d so far)",
-                self.backend.rank,
-                self.skipped_steps,
-            )
+            self._decide(exchanges, made)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state_dict plus this rank's error feedback; every rank has its own to save.
 
-        Everything is tensors, numbers, strings, lists and dicts, so ``torch.load(..., weights_only=True)`` reads it.
+        It consists of tensors, numbers, strings and containers, so ``torch.load(..., weights_only=True)`` reads it.
         """
+        self._pending.wait()
+        self._before_saving()
         state: dict[str, Any] = super().state_dict()
         residuals = [reducers.residual.state_dict() for reducers in self._of_groups()]
         state[EXTRA] = {"version": VERSION, "skipped_steps": self.skipped_steps, "residuals": residuals}
@@ -156,6 +189,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         extra = state_dict.get(EXTRA)
         if extra is not None and extra.get("version") != VERSION:
             raise InputError(f"{type(self).__name__} state has version {VERSION}, got {extra.get('version')!r}")
+        self._check_loaded_groups(state_dict)
+        self._pending.wait()
         residuals = [Residual() for _ in self.param_groups]
         for residual, saved in zip(residuals, extra["residuals"] if extra else (), strict=False):
             residual.load_state_dict(saved)
@@ -164,11 +199,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._restore_fp32_state(state_dict)
         for group, default in zip(self.param_groups, defaults, strict=True):
             steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, {})]
-            default["step"] = max(steps, default=0)
-            for key, value in default.items():
+            for key, value in {**default, **self._progress, "step": max(steps, default=0)}.items():
                 group.setdefault(key, value)
         self._reducers = [self._group_reducers(residual) for residual in residuals]
-        self.skipped_steps = extra["skipped_steps"] if extra else 0
+        self._skipped_steps = extra["skipped_steps"] if extra else 0
         self._agreed = False
 
     @abstractmethod
@@ -179,6 +213,74 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raise InputError if an option of a group is out of range."""
 
+    def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
+        """Whether it matters to a group's next collectives how many of the last `unknown` steps were made.
+
+        All ranks must answer alike for the same number; they may ask with different numbers.
+        """
+        return unknown > 0
+
+    def _count_made(self, group: dict[str, Any]) -> None:
+        """Bring the host's counts up to date with a step of a group that `DeviceExchange.settle` has made."""
+
+    def _before_saving(self) -> None:
+        """Put into ``state`` what is kept elsewhere between steps."""
+
+    def _gradients(self, group: Mapping[str, Any]) -> list[Tensor | None]:
+        """This rank's gradients of a group, as they are; or, under a GradScaler, unscaled in new fp32 tensors."""
+        given: list[Tensor | None] = [p.grad for p in group["params"]]
+        here = [g for g in given if g is not None]
+        if not here or (self.grad_scale is None and self.found_inf is None):
+            return given
+        factor = torch.ones((), device=here[0].device)
+        if self.grad_scale is not None:
+            factor = factor / self.grad_scale.to(factor)
+        if self.found_inf is not None:  # this rank's verdict reaches the others as a NaN does
+            factor = torch.where(self.found_inf.to(factor) > 0, torch.nan, factor)
+        unscaled = iter(torch._foreach_mul([g.float() for g in here], factor))
+        return [None if g is None else next(unscaled) for g in given]
+
+    def _settle(self, exchanges: list[DeviceExchange], made: Tensor) -> None:
+        """Leave it to the device whether the step is made."""
+        for exchange in exchanges:
+            exchange.settle(made)
+        self._tell_scaler(made)
+        groups = list(self.param_groups)
+        self._pending.add(made, lambda known: self._learn(groups, known))
+
+    def _learn(self, groups: list[dict[str, Any]], made: bool) -> None:
+        if not made:
+            self._skip()
+            return
+        for group in groups:
+            group["step"] += 1
+            self._count_made(group)
+
+    def _decide(self, exchanges: list[Exchange], made: bool) -> None:
+        """Make the step in all groups, or in none."""
+        self._pending.wait()
+        if made:
+            for group, exchange in zip(self.param_groups, exchanges, strict=True):
+                group["step"] += 1
+                exchange.commit()
+        else:
+            for exchange in exchanges:
+                exchange.undo()
+            self._skip()
+        self._tell_scaler(torch.tensor(made))
+
+    def _skip(self) -> None:
+        self._skipped_steps += 1
+        _log.warning(
+            "rank %d: step skipped, some rank has a non-finite gradient (%d so far)",
+            self.backend.rank,
+            self._skipped_steps,
+        )
+
+    def _tell_scaler(self, made: Tensor) -> None:
+        if self.found_inf is not None:
+            self.found_inf.copy_(~made)
+
     def _of_groups(self) -> list[GroupReducers]:
         """The averages of every group, in order."""
         while len(self._reducers) < len(self.param_groups):
@@ -188,8 +290,15 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _group_reducers(self, residual: Residual | None = None) -> GroupReducers:
         return GroupReducers(lambda: self.backend, self._codec, self._bucket_mb, residual)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def _check_group_options(self, group: Mapping[str, Any]) -> None:
+        check_supported(type(self).__name__, group)
+        check_flags(type(self).__name__, group, "compress", "master_weights")
         self._check_options(group)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self._check_group_options(group)
+        if len(set(group["params"])) != len(group["params"]):
+            raise InputError(f"{type(self).__name__}: a parameter is in its group twice; give each once")
         devices = {p.device for p in group["params"]}
         if len(devices) > 1:
             raise InputError(
@@ -214,6 +323,18 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     )
         return None
 
+    def _refused_devices(self) -> InputError | None:
+        """Why this rank's parameters cannot travel together; None if they can."""
+        devices = {str(p.device) for group in self.param_groups for p in group["params"]}
+        backend = self.backend
+        if backend.size == 1 or backend.device_type is None or len(devices) < 2:
+            return None
+        return InputError(
+            f"rank {backend.rank}: {type(self).__name__}: there are parameters on {' and '.join(sorted(devices))}, and "
+            f"the {backend.name!r} backend carries those of one {backend.device_type} device; give each device an "
+            "optimizer with a backend of its own"
+        )
+
     def _agree(self, refusal: InputError | None) -> None:
         """Once per set of groups: all ranks hold the same parameters, values included, and the same options.
 
@@ -225,7 +346,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             raise refusal
         if not self._agreed:
             facts = self._facts() if self.backend.size > 1 else {}
-            agree(self.backend, f"{type(self).__name__}.step", facts, refusal)
+            agree(self.backend, f"{type(self).__name__}.step", facts, self._refused_devices() or refusal)
         self._agreed = True
 
     def _facts(self) -> dict[str, str]:
@@ -244,6 +365,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 facts[name] = checksum(p)
         return facts
 
+    def _check_loaded_groups(self, state_dict: Mapping[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            if group.get("amsgrad"):
+                check_supported(type(self).__name__, {"amsgrad": True})
+
     def _restore_fp32_state(self, state_dict: Mapping[str, Any]) -> None:
         """Moments are fp32 here; torch casts what it loads to the parameter's dtype, and its own have that anyway."""
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -252,6 +378,13 @@ class CompressedOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and self.state[p][key].dtype in (torch.bfloat16, torch.float16):
                     self.state[p][key] = value.to(p.device, torch.float32, copy=True)
+
+
+def _settling(exchanges: list[Exchange], flags: list[Tensor]) -> list[DeviceExchange]:
+    """The exchanges, if the device alone can decide about them all; else none."""
+    settling = [exchange for exchange in exchanges if isinstance(exchange, DeviceExchange)]
+    together = len(settling) == len(exchanges) and len({flag.device for flag in flags}) == 1
+    return settling if together else []
 
 
 def checksum(tensor: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,6 +22,21 @@ class Exchange(Protocol):
 
     def undo(self) -> None:
         """Put error feedback back; the step is not made."""
+
+
+@runtime_checkable
+class DeviceExchange(Exchange, Protocol):
+    """An exchange that need not know on the host whether the step is made.
+
+    If every group's exchange is one, `step` waits for nothing: it calls `settle`, and when the device has come so far,
+    often during a later step, it counts the step and calls the optimizer's `_count_made`.
+    """
+
+    def settle(self, finite: Tensor) -> None:
+        """Launch work that makes the step where `finite`, 0-dim bool on the device, is true, and else undoes it.
+
+        The group's step count is not yet that of the step.
+        """
 
 
 class GroupReducers:
@@ -43,16 +58,21 @@ class GroupReducers:
         self._stats: list[Stats] = []
         self.residual = Residual() if residual is None else residual
 
+    @property
+    def backend(self) -> Backend:
+        """What carries both averages."""
+        return self._backend()
+
     def dense(self, like: Sequence[Tensor]) -> DenseAllreduce:
-        """The fp32 average of tensors such as `like`."""
+        """The fp32 average of tensors such as `like`; it holds 8 bytes per element until `compressed` is called."""
         if self._dense is None:
             self._dense = DenseAllreduce(like, self._backend(), bucket_mb=self._bucket_mb)
             self._stats.append(self._dense.stats)
         return self._dense
 
-    def compressed(self, like: Sequence[Tensor], masks: Callable[[], Sequence[Tensor]]) -> CompressedAllreduce:
+    def compressed(self, like: Sequence[Tensor], masks: Callable[[], Sequence[Tensor] | None]) -> CompressedAllreduce:
         """The compressed average of tensors such as `like`; `masks` tells, when it is made, what takes no part."""
-        self._dense = None  # warm-up is over; its buffers hold 8 bytes per parameter
+        self._dense = None
         if self._compressed is None:
             self._compressed = CompressedAllreduce(
                 like, self._backend(), self._codec, bucket_mb=self._bucket_mb, residual=self.residual
@@ -60,6 +80,11 @@ class GroupReducers:
             self._compressed.set_mask(masks())
             self._stats.append(self._compressed.stats)
         return self._compressed
+
+    def remask(self, masks: Sequence[Tensor] | None) -> None:
+        """Tell the compressed average, where it was made already, what takes no part from now on."""
+        if self._compressed is not None:
+            self._compressed.set_mask(masks)
 
     def first_warning(self) -> bool:
         """True the first time it is called: some things are said once per group."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from onebit.comm import CompressedWork
-from onebit.comm.tensors import all_finite
 from onebit.compress import SignCodec
 from onebit.optim.base import CompressedOptimizer
+from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
-from onebit.optim.options import check_adam_options, check_freeze_step
+from onebit.optim.master import fp32_values, write_back
+from onebit.optim.moments import adam_state, corrections, dead_masks, decay, local_momenta
+from onebit.optim.options import check_adam_options, check_flags, check_freeze_step
 
 _log = logging.getLogger(__name__)
 
@@ -60,9 +62,11 @@ class OnebitAdam(CompressedOptimizer):
         adamw_mode: bool = True,
         bias_correction: bool = True,
         maximize: bool = False,
+        master_weights: bool = False,
         bucket_mb: float | None = None,
         backend: object = None,
         codec: SignCodec | None = None,
+        **unsupported: NoReturn,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,8 +78,15 @@ class OnebitAdam(CompressedOptimizer):
             "bias_correction": bias_correction,
             "maximize": maximize,
         }
-        self._check_options(defaults)
-        super().__init__(params, defaults, bucket_mb=bucket_mb, backend=backend, codec=codec)
+        super().__init__(
+            params,
+            defaults,
+            master_weights=master_weights,
+            unsupported=unsupported,
+            bucket_mb=bucket_mb,
+            backend=backend,
+            codec=codec,
+        )
 
     def phase(self, group: int = 0) -> str:
         """``"warmup"`` or ``"compressed"``: how the next step of a parameter group will be made."""
@@ -89,6 +100,7 @@ class OnebitAdam(CompressedOptimizer):
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         check_adam_options("OnebitAdam", group)
+        check_flags("OnebitAdam", group, "adamw_mode", "bias_correction", "maximize")
         check_freeze_step("OnebitAdam", group["freeze_step"])
 
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
@@ -103,30 +115,22 @@ class _Warmup:
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self._optimizer = optimizer
         self._group = group
-        params = group["params"]
-        # One flag per parameter travels along: a parameter that no rank has a gradient for is not updated at all.
-        present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device if params else None)
-        grads = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float() for p in params]
-        self._means = grads
-        if optimizer.backend.size > 1:
-            self._means = [torch.empty_like(g) for g in grads]
-            reducers.dense([*grads, present])([*grads, present], out=[*self._means, present])
-        self._present = present.tolist()
+        self._gradients = MeanGradients(group["params"], optimizer._gradients(group), reducers)
 
     def all_finite(self) -> Tensor:
-        return all_finite(self._means)
+        return self._gradients.all_finite()
 
     def undo(self) -> None:
         """Nothing was changed."""
 
     def commit(self) -> None:
-        group = self._group
-        params = [p for p, present in zip(group["params"], self._present, strict=True) if present]
-        means = [m for m, present in zip(self._means, self._present, strict=True) if present]
+        group, mean = self._group, self._gradients
+        params = [p for p, present in zip(group["params"], mean.present, strict=True) if present]
+        means = [m for m, present in zip(mean.means, mean.present, strict=True) if present]
         if not params:
             return
-        states = [_state(self._optimizer, p) for p in params]
-        values = [p.float() for p in params]  # itself where it is fp32
+        states = [adam_state(self._optimizer.state, p) for p in params]
+        values = fp32_values(params, states, group)
         steps = [s["step"] for s in states]
         counted = steps if group["bias_correction"] else [torch.full_like(s, torch.inf) for s in steps]
         (adamw if group["adamw_mode"] else adam)(
@@ -147,7 +151,7 @@ class _Warmup:
         if counted is not steps:
             torch._foreach_add_(steps, 1.0)
         torch._foreach_copy_([s["variance_step"] for s in states], steps)
-        _write_back(params, values)
+        write_back(params, values)
 
 
 class _Compressed:
@@ -166,9 +170,11 @@ class _Compressed:
                 optimizer.backend.rank,
                 late,
             )
+        gradients = [g for g, k in zip(optimizer._gradients(group), known, strict=True) if k]
         momenta = [s["exp_avg"] for s in self._states]
-        reduce = reducers.compressed(momenta, lambda: [s["exp_avg_sq"] == 0 for s in self._states])
-        self._work: CompressedWork = reduce.start(self._local_momenta(momenta))
+        reduce = reducers.compressed(momenta, lambda: dead_masks([s["exp_avg_sq"] for s in self._states]))
+        values = fp32_values(self._params, self._states, group)
+        self._work: CompressedWork = reduce.start(local_momenta(momenta, gradients, values, group))
         self._work.finish()
 
     def all_finite(self) -> Tensor:
@@ -180,59 +186,19 @@ class _Compressed:
     def commit(self) -> None:
         if not self._params:
             return
-        group = self._group
-        momenta = [s["exp_avg"] for s in self._states]
+        group, states = self._group, self._states
+        momenta = [s["exp_avg"] for s in states]
         self._work.decode(momenta)
-        torch._foreach_add_([s["step"] for s in self._states], 1.0)
-        lr = float(group["lr"])
-        values = [p.float() for p in self._params]
-        if group["adamw_mode"] and group["weight_decay"]:
-            torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
-        rates, roots = zip(*(self._corrections(s) for s in self._states), strict=True)
-        spread = torch._foreach_sqrt([s["exp_avg_sq"] for s in self._states])
+        torch._foreach_add_([s["step"] for s in states], 1.0)
+        values = fp32_values(self._params, states, group)
+        decay(values, group)
+        rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
+        spread = torch._foreach_sqrt([s["exp_avg_sq"] for s in states])
         torch._foreach_div_(spread, list(roots))
         torch._foreach_add_(spread, group["eps"])
-        torch._foreach_addcdiv_(values, momenta, spread, [-lr * rate for rate in rates])
-        _write_back(self._params, values)
-
-    def _local_momenta(self, momenta: list[Tensor]) -> list[Tensor]:
-        """β₁·m + (1-β₁)·g of this rank, in new tensors: m itself must survive a step that is not made."""
-        group = self._group
-        beta1 = group["betas"][0]
-        sign = -1.0 if group["maximize"] else 1.0
-        local = list(torch._foreach_mul(momenta, beta1)) if momenta else []
-        for m, p in zip(local, self._params, strict=True):
-            if p.grad is not None:
-                m.add_(p.grad, alpha=sign * (1 - beta1))
-            if not group["adamw_mode"] and group["weight_decay"]:
-                m.add_(p, alpha=group["weight_decay"] * (1 - beta1))
-        return local
-
-    def _corrections(self, state: Mapping[str, Tensor]) -> tuple[float, float]:
-        """1/(1-β₁ᵗ) and √(1-β₂ᵀ) of a parameter that has made t steps, of which T updated its variance."""
-        group = self._group
-        if not group["bias_correction"]:
-            return 1.0, 1.0
-        beta1, beta2 = group["betas"]
-        return 1 / (1 - beta1 ** float(state["step"])), (1 - beta2 ** float(state["variance_step"])) ** 0.5
+        torch._foreach_addcdiv_(values, momenta, spread, [-float(group["lr"]) * rate for rate in rates])
+        write_back(self._params, values)
 
 
 def _in_warmup(group: Mapping[str, Any]) -> bool:
     return bool(group["step"] < group["freeze_step"])
-
-
-def _state(optimizer: OnebitAdam, p: Tensor) -> dict[str, Any]:
-    state: dict[str, Any] = optimizer.state[p]
-    if "exp_avg" not in state:
-        state["step"] = torch.zeros(())
-        state["variance_step"] = torch.zeros(())
-        state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-        state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-    return state
-
-
-def _write_back(params: list[Tensor], values: list[Tensor]) -> None:
-    """Round fp32 values to the parameters they were made from; fp32 parameters are the values themselves."""
-    for p, value in zip(params, values, strict=True):
-        if p is not value:
-            p.copy_(value)

@@ -11,6 +11,41 @@ from torch import Tensor
 
 from onebit.compress import InputError
 
+# Options of other optimizers, and why there is no such thing here. A value of False or None asks for nothing.
+_UNSUPPORTED = {
+    "amsgrad": "a running maximum of the variance means nothing once the variance is frozen",
+    "foreach": "the fastest kernels for the device are picked by themselves",
+    "fused": "the fastest kernels for the device are picked by themselves",
+    "capturable": "whether a step can be captured in a CUDA graph depends on its phase and not on an option",
+    "differentiable": "signs have no derivative",
+    "eps_inside_sqrt": "eps is added to the root, as in torch.optim.Adam",
+    "max_grad_norm": "ranks must agree on a factor; call onebit.optim.clip_grad_norm_(optimizer, max_norm) before step",
+    "cuda_aware": "whether MPI takes device memory is probed; see onebit.comm.make_backend",
+    "comm_backend_name": "the option is called backend",
+    "deepspeed": "no engine is needed",
+}
+
+
+def check_supported(owner: str, options: Mapping[str, Any], *, known: bool = True) -> None:
+    """Raise InputError for an option that other optimizers have and these have not, with the reason.
+
+    Args:
+        known: False: every other name in `options` is refused too, as misspelt; True: it is somebody else's.
+    """
+    for name, value in options.items():
+        if name in _UNSUPPORTED:
+            if value is not None and value is not False:
+                raise InputError(f"{owner}: {name}={value!r} is not supported: {_UNSUPPORTED[name]}; leave it out")
+        elif not known:
+            raise InputError(f"{owner}: there is no option {name!r}; help({owner}) lists those there are")
+
+
+def check_flags(owner: str, group: Mapping[str, Any], *names: str) -> None:
+    """Raise InputError unless the options with these names are True or False."""
+    for name in names:
+        if type(group[name]) is not bool:
+            raise InputError(f"{owner}: {name} must be True or False, got {group[name]!r}")
+
 
 def check_adam_options(owner: str, group: Mapping[str, Any]) -> None:
     """Raise InputError unless lr, betas, eps and weight_decay are in Adam's range."""

@@ -1,0 +1,75 @@
+"""Momentum and variance as all compressed optimizers keep them, and what is computed from them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def adam_state(states: MutableMapping[Tensor, Any], p: Tensor) -> dict[str, Any]:
+    """A parameter's state, made at its first use: Adam's, in fp32, as `torch.optim.AdamW` names it, and one count more.
+
+    ``step`` counts the parameter's updates, ``variance_step`` the steps that its variance stands for; both are 0-dim
+    fp32 on the CPU. ``exp_avg`` and ``exp_avg_sq`` have the parameter's strides.
+    """
+    state: dict[str, Any] = states[p]
+    if "step" not in state:
+        state["step"] = torch.zeros(())
+        state["variance_step"] = torch.zeros(())
+        state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+        state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+    return state
+
+
+def corrections(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> tuple[float, float]:
+    """1/(1-β₁ᵗ) and √(1-β₂ᵀ) of a parameter that has made t steps, with a variance that stands for T; or 1 and 1."""
+    if not group["bias_correction"]:
+        return 1.0, 1.0
+    beta1, beta2 = group["betas"]
+    return 1 / (1 - beta1 ** float(state["step"])), (1 - beta2 ** float(state["variance_step"])) ** 0.5
+
+
+def dead_masks(variances: Sequence[Tensor]) -> list[Tensor] | None:
+    """One bool tensor per variance, True for an entry whose variance is 0: it can have no update. None: there is none.
+
+    Waits for the device.
+    """
+    masks = [v == 0 for v in variances]
+    filled = [mask.any() for mask in masks if mask.numel()]
+    return masks if filled and bool(torch.stack(filled).any()) else None
+
+
+def local_momenta(
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    values: Sequence[Tensor],
+    group: Mapping[str, Any],
+) -> list[Tensor]:
+    """β₁·m + (1-β₁)·(±g [+ λ·x]) of this rank, in new fp32 tensors.
+
+    Args:
+        momenta: fp32 tensors, not changed.
+        gradients: None counts as zero.
+        values: the parameters, read if weight decay is coupled; see `fp32_values`.
+        group: ``betas``, ``maximize``, ``adamw_mode``, ``weight_decay``.
+    """
+    if not momenta:
+        return []
+    beta1 = group["betas"][0]
+    local = list(torch._foreach_mul(list(momenta), beta1))
+    pairs = [(m, g) for m, g in zip(local, gradients, strict=True) if g is not None]
+    if pairs:
+        sign = -1.0 if group["maximize"] else 1.0
+        torch._foreach_add_([m for m, _ in pairs], [g for _, g in pairs], alpha=sign * (1 - beta1))
+    if not group["adamw_mode"] and group["weight_decay"]:
+        torch._foreach_add_(local, list(values), alpha=group["weight_decay"] * (1 - beta1))
+    return local
+
+
+def decay(values: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+    """Weight decay that is decoupled from the gradient: x <- x - lr·λ·x, in place."""
+    if values and group["adamw_mode"] and group["weight_decay"]:
+        torch._foreach_mul_(list(values), 1 - float(group["lr"]) * group["weight_decay"])

@@ -1,0 +1,68 @@
+"""Steps that the device has decided about and the host has not heard of yet."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MOST = 64  # steps; a host further ahead waits, so that what it keeps for them stays small
+
+
+class _Event(Protocol):
+    def query(self) -> bool: ...
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Pending:
+    made: Tensor  # 0-dim bool in host memory, valid once `event` has come
+    event: _Event | None
+    learn: Callable[[bool], None]
+
+
+class PendingSteps:
+    """A queue of decisions on their way from the device, told to the host in the order of the steps."""
+
+    def __init__(self) -> None:
+        self._queue: deque[_Pending] = deque()
+
+    def __len__(self) -> int:
+        """Return the number of steps whose fate the host does not know."""
+        return len(self._queue)
+
+    def add(self, made: Tensor, learn: Callable[[bool], None]) -> None:
+        """Have `learn` called with the value of `made`, 0-dim bool on any device, by a later `poll` or `wait`."""
+        event: _Event | None = None
+        if made.device.type == "cuda":
+            host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            made = host.copy_(made, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._queue.append(_Pending(made, event, learn))
+        while len(self._queue) > MOST:
+            self._tell()
+
+    def poll(self) -> None:
+        """Tell what has arrived; waits for nothing."""
+        while self._queue:
+            event = self._queue[0].event
+            if event is not None and not event.query():
+                return
+            self._tell()
+
+    def wait(self) -> None:
+        """Tell everything, waiting for the device where it must."""
+        while self._queue:
+            self._tell()
+
+    def _tell(self) -> None:
+        first = self._queue.popleft()
+        if first.event is not None:
+            first.event.synchronize()
+        first.learn(bool(first.made))
