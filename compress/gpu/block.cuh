@@ -26,6 +26,9 @@ struct __align__(16) Entry {
 // Number of this warp among all of the launch.
 __device__ __forceinline__ i64 warp_index() { return (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
 
+// Kernels loop, although a launch has a warp for every block: in a loop the compiler starts all loads before the first use.
+__device__ __forceinline__ i64 all_warps() { return (i64)gridDim.x * (blockDim.x / 32); }
+
 struct f32 { typedef float raw; };
 struct bf16 { typedef u16 raw; };
 struct f16 { typedef u16 raw; };

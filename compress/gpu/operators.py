@@ -36,7 +36,7 @@ def encode(
         launch("sign.cu", f"encode_{dtype}", out.device, 32 * others.n, *arguments, *shape)
 
     if layout.shared_scale:
-        _in_two_visits(run, layout.blocks, out, layout, squared, None)
+        in_two_visits(run, layout.blocks, out, layout, squared, None)
     elif others.n:
         run(_FUSED, 0)
 
@@ -65,7 +65,7 @@ def reduce_encode(
         launch("sign.cu", "reduce_encode", out.device, 32 * others.n, *source, *arguments, *shape)
 
     if layout.shared_scale:
-        _in_two_visits(run, layout.chunk_blocks, out, layout, squared, chunk)
+        in_two_visits(run, layout.chunk_blocks, out, layout, squared, chunk)
     elif others.n:
         run(_FUSED, 0)
 
@@ -110,7 +110,7 @@ def unpack_signs(bits: Tensor, out: Tensor) -> None:
     launch("sign.cu", f"unpack_{_dtype([out])}", out.device, out.numel(), bits.data_ptr(), out.numel(), out.data_ptr())
 
 
-def _in_two_visits(
+def in_two_visits(
     run: Callable[[int, int], None], blocks: int, out: Tensor, layout: Layout, squared: bool, chunk: int | None
 ) -> None:
     """A scale shared by many blocks: sums of all blocks, scales of all groups, then signs."""
