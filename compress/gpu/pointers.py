@@ -31,12 +31,15 @@ class Pointers:
         self._captured: list[Tensor] = []  # what the replays of graphs read
 
     def update(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Make the table that of `tensors`, (k,); returns whether it was sent.
+        """`send` the addresses of tensors, (k,)."""
+        return self.send([0 if t is None else t.data_ptr() for t in tensors])
+
+    def send(self, addresses: Sequence[int]) -> bool:
+        """Make the table that of `addresses`, (k,), or other words of 64 bits; returns whether it was sent.
 
         Under capture it is always sent, so that a replay finds the addresses it was captured with, whatever eager
         calls have sent meanwhile; after a capture every eager call sends it too.
         """
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
         capturing = self.table.is_cuda and torch.cuda.is_current_stream_capturing()
         if addresses == self._sent and not capturing and not self._captured:
             return False
