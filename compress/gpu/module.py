@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import functools
 import re
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from onebit.compress.gpu.driver import Launch, current_context
+
 _FOLDER = Path(__file__).parent
 THREADS = 256  # per thread block
+PREPARED = 4096  # launches that are kept ready, some 300 bytes each
 
 
 def launch(file: str | Path, kernel: str, device: torch.device, threads: int, *arguments: int) -> None:
     """Start `kernel` with at least `threads` threads, in blocks of 256, on the current stream of `device`.
+
+    A launch with the same arguments as an earlier one is found prepared, which takes a few microseconds.
 
     Args:
         file: a source of this folder, or the whole path of another; it may include the headers of both folders.
         arguments: passed as 64-bit integers: numbers, or addresses from `Tensor.data_ptr`.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
-        stream = _Stream(torch.cuda.current_stream(index).cuda_stream)
-        _function(file, kernel, index)((-(-threads // THREADS),), (THREADS,), arguments, 0, stream)
+    _prepared(file, kernel, index, threads, arguments)()
+
+
+@functools.lru_cache(PREPARED)
+def _prepared(file: str | Path, kernel: str, device: int, threads: int, arguments: tuple[int, ...]) -> Launch:
+    function, context = _function(file, kernel, device)
+    return Launch(function.ptr, context, device, -(-threads // THREADS), THREADS, arguments)
 
 
 @functools.cache
-def _function(file: str | Path, kernel: str, device: int) -> Any:
-    """A kernel, ready on a device that is the current one."""
-    return _module(file, device).get_function(kernel).kernel
+def _function(file: str | Path, kernel: str, device: int) -> tuple[Any, int]:
+    """A kernel on a device, and the context that it was loaded in."""
+    with torch.cuda.device(device):
+        function = _module(file, device).get_function(kernel).kernel
+        context = current_context()
+    assert context is not None, "loading a module makes its context the thread's"
+    return function, context
 
 
 @functools.cache
@@ -60,10 +71,3 @@ def with_headers(source: Path) -> str:
 
 def _header(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).exists() else _FOLDER / name
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """torch's stream, as far as CuPy looks at it."""
-
-    ptr: int

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from onebit.compress import SignCodec
+from onebit.compress import SignCodec, pack_signs
+from onebit.compress.gpu import module
 
 CODEC = SignCodec()
 NUMEL = 1 << 20
@@ -98,6 +100,53 @@ def test_every_device_of_a_process_is_right_whatever_the_current_one() -> None:
                 assert torch.cuda.current_device() == current
 
 
+def in_a_new_thread(function: Callable[[], Tensor]) -> Tensor:
+    """What the function returns on a thread that has never touched a device; raises what it raises."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(60)
+
+
+def test_threads_that_have_not_touched_a_device_launch_on_its_default_stream() -> None:
+    for device in range(torch.cuda.device_count()):
+        x = torch.randn(NUMEL, device=f"cuda:{device}")
+        bits = torch.zeros(NUMEL // 8, dtype=torch.uint8, device=x.device)
+        expected = pack_signs(x)
+        assert torch.equal(in_a_new_thread(lambda: pack_signs(x, bits)), expected), device  # noqa: B023
+        codec_bits = in_a_new_thread(lambda: CODEC.encode(x))  # noqa: B023
+        assert torch.equal(codec_bits, CODEC.encode(x)), device
+
+
+def test_threads_with_streams_of_their_own_do_not_mix_them_up() -> None:
+    """Every thread's work is ordered on its own stream, behind a kernel that takes long."""
+    xs = [torch.randn(NUMEL, device="cuda") for _ in range(4)]
+    payloads = [CODEC.encode(x) for x in xs]
+    torch.cuda.synchronize()
+
+    def encode_behind_a_long_kernel(x: Tensor) -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(20_000_000)
+            payload = CODEC.encode(
+                x.clone()
+            )  # the clone is written late: elsewhere than on this stream it is not there
+            torch.cuda.current_stream().synchronize()
+            return payload
+
+    with ThreadPoolExecutor(4) as pool:
+        for k in range(3):
+            seen = list(pool.map(encode_behind_a_long_kernel, xs))
+            assert all(map(torch.equal, seen, payloads)), k
+
+
+def test_launches_of_the_same_arguments_are_prepared_once() -> None:
+    x = torch.randn(NUMEL, device="cuda")
+    run = average_with_itself(x)
+    run()
+    before = module._prepared.cache_info()
+    run()
+    after = module._prepared.cache_info()
+    assert (after.misses, after.hits) == (before.misses, before.hits + 3)
+
+
 def test_more_than_2_to_the_31_elements() -> None:
     numel = 2**31 + 5000
     if torch.cuda.mem_get_info()[0] < 11 * numel:
@@ -125,7 +174,8 @@ class Block:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 logging.basicConfig()
-from onebit.compress import SignCodec
+from onebit.compress import SignCodec, pack_signs
+from onebit.compress.gpu import module
 assert SignCodec().kernels_on('cuda') == 'reference'
 x = torch.randn(5000)
 for _ in range(2):
