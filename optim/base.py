@@ -214,14 +214,15 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Raise InputError if an option of a group is out of range."""
 
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
-        """Whether it matters to a group's next collectives how many of the last `unknown` steps were made.
-
-        All ranks must answer alike for the same number; they may ask with different numbers.
-        """
+        """Whether a group's next collectives depend on how many of the last `unknown` steps were made."""
         return unknown > 0
 
     def _count_made(self, group: dict[str, Any]) -> None:
         """Bring the host's counts up to date with a step of a group that `DeviceExchange.settle` has made."""
+
+    def _common_value(self, p: Tensor) -> Tensor:
+        """What must have the same bits on every rank where a step is to go on: the parameter itself."""
+        return p
 
     def _before_saving(self) -> None:
         """Put into ``state`` what is kept elsewhere between steps."""
@@ -362,7 +363,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         for g, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 name = f"the values of parameter {i} of group {g} (onebit.comm.broadcast makes them equal)"
-                facts[name] = checksum(p)
+                facts[name] = checksum(self._common_value(p))
         return facts
 
     def _check_loaded_groups(self, state_dict: Mapping[str, Any]) -> None:

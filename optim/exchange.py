@@ -86,6 +86,11 @@ class GroupReducers:
         if self._compressed is not None:
             self._compressed.set_mask(masks)
 
+    def renew(self) -> None:
+        """Forget the compressed average with its error feedback, as its list of tensors has changed."""
+        self._compressed = None
+        self.residual = Residual()
+
     def first_warning(self) -> bool:
         """True the first time it is called: some things are said once per group."""
         first, self._warned = not self._warned, True
