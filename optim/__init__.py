@@ -2,5 +2,7 @@
 
 from onebit.optim.base import CompressedOptimizer
 from onebit.optim.onebit_adam import OnebitAdam
+from onebit.optim.onebit_lamb import OnebitLamb
+from onebit.optim.zero_one_adam import ZeroOneAdam
 
-__all__ = ["CompressedOptimizer", "OnebitAdam"]
+__all__ = ["CompressedOptimizer", "OnebitAdam", "OnebitLamb", "ZeroOneAdam"]

@@ -1,0 +1,365 @@
+"""0/1 Adam: a variance that is updated ever more rarely, and local steps between ever rarer compressed averages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from onebit.comm import CompressedWork
+from onebit.comm.tensors import all_finite
+from onebit.compress import SignCodec
+from onebit.optim.base import EXTRA, CompressedOptimizer
+from onebit.optim.dense import MeanGradients
+from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.local_steps import (
+    KEPT,
+    MEAN,
+    RATE,
+    Reach,
+    begin,
+    end,
+    is_open,
+    local_step,
+    move,
+    starts_of,
+    sync_step,
+)
+from onebit.optim.master import fp32_values, write_back
+from onebit.optim.moments import adam_state, dead_masks, local_momenta
+from onebit.optim.options import check_adam_options, check_flags
+from onebit.optim.policies import SyncPolicy, VariancePolicy
+
+_log = logging.getLogger(__name__)
+
+
+class ZeroOneAdam(CompressedOptimizer):
+    """Adam or AdamW whose ranks meet in ever fewer steps, and then exchange about one bit per parameter.
+
+    With m, v, x as in Adam, γ = lr / (1-β₁ᵗ), D = √(v / (1-β₂ᵏ)) + ε and k the number of variance steps so far:
+
+    * variance step, Adam's own on gradients averaged in fp32: m = β₁·m + (1-β₁)·g, v = β₂·v + (1-β₂)·g², x -= γ·m/D;
+    * local step, of every rank by itself, without any communication: m = β₁·m + (1-β₁)·gᵢ, u += γ·m, x -= γ·m/D;
+    * synchronised step, a local step and then the ranks agree: m = C(u/Σγ), x = x_last - Σγ·m/D, u = 0, where C is
+      `CompressedAllreduce` and x_last is what x was when the ranks last agreed.
+
+    Until `var_freeze_step` every step is a variance step or a synchronised one; then the variance is frozen and local
+    steps begin. `onebit.optim.policies` has both schedules. Algorithm: Lu et al. 2022, arXiv 2202.06009. Do not average
+    gradients yourself and do not wrap the model in DDP.
+
+    **Between synchronisations the parameters of ranks differ.** Call `synchronize` before you evaluate or save a model
+    that all ranks are to share; a checkpoint to go on from needs every rank's own parameters and state. During an
+    interval parameters are computed from their value at its start, so what you write to them then is lost.
+
+    A number that is not finite makes all ranks skip a variance step or a synchronised step, which then comes next time.
+    In a local step the others cannot know: a rank leaves its own contribution out, and the schedule goes on.
+
+    Decoupled weight decay stays outside u. An entry whose variance is 0 is dead: its update, momentum and feedback are
+    0 until a variance step brings it to life. A parameter that no rank had a gradient for in any variance step is
+    left alone. In other steps a gradient that is None counts as zero. With one rank this is Adam whose variance is
+    updated by the schedule, and nothing is compressed.
+
+    Args:
+        params: as for any torch optimizer; fp32, bf16 or fp16, with the same start on every rank. Moments are fp32.
+        lr, betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
+        var_freeze_step: the last step that may update the variance; usually the end of the learning rate's warm-up.
+        var_update_scaler: the gap between variance steps doubles after this many of them.
+        local_step_scaler: once the variance is frozen, the gap between synchronised steps doubles after so many steps.
+        local_step_clipper: the longest gap between synchronised steps.
+        adamw_mode: True: decoupled weight decay (AdamW); False: decay is added to the gradient (Adam).
+        bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵏ out.
+        master_weights: keep an fp32 copy of parameters in half precision, so that small updates add up.
+        bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
+        backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
+        codec: what goes on the wire in synchronised steps.
+
+    Attributes:
+        left_out_steps: local steps that this rank took no part in, as it had a non-finite number.
+
+    Raises:
+        InputError: an option is out of range or a parameter has an unsupported dtype.
+        BackendError: the backend is unknown or cannot be used.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        var_freeze_step: int,
+        var_update_scaler: int = 16,
+        local_step_scaler: int = 32678,
+        local_step_clipper: int = 16,
+        adamw_mode: bool = True,
+        bias_correction: bool = True,
+        maximize: bool = False,
+        master_weights: bool = False,
+        bucket_mb: float | None = None,
+        backend: object = None,
+        codec: SignCodec | None = None,
+        **unsupported: NoReturn,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "var_freeze_step": var_freeze_step,
+            "var_update_scaler": var_update_scaler,
+            "local_step_scaler": local_step_scaler,
+            "local_step_clipper": local_step_clipper,
+            "adamw_mode": adamw_mode,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+        }
+        self.left_out_steps = 0
+        self._left_out_now = False
+        self._dead: WeakKeyDictionary[GroupReducers, list[Tensor] | None] = WeakKeyDictionary()
+        super().__init__(
+            params,
+            defaults,
+            master_weights=master_weights,
+            unsupported=unsupported,
+            bucket_mb=bucket_mb,
+            backend=backend,
+            codec=codec,
+        )
+
+    def phase(self, group: int = 0) -> str:
+        """How the next step of a parameter group is planned: ``"variance"``, ``"sync"`` or ``"local"``."""
+        return _kind(self.param_groups[group])
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Make the parameters of all ranks equal now, by ending the interval that is under way; collective.
+
+        It makes no step and changes no schedule: the next interval starts here and ends where this one would have.
+
+        Raises:
+            TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
+        """
+        for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
+            if is_open(self._known(group)[1]):
+                exchange = _Sync(self, group, reducers, steps=0)
+                exchange.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state[EXTRA]["left_out_steps"] = self.left_out_steps
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.left_out_steps = state_dict.get(EXTRA, {}).get("left_out_steps", 0)
+        for state in self.state.values():
+            if "step" in state:  # where Adam or AdamW made it, every step updated the variance
+                state.setdefault("variance_step", state["step"].clone())
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        check_adam_options("ZeroOneAdam", group)
+        check_flags("ZeroOneAdam", group, "adamw_mode", "bias_correction", "maximize")
+        _policies(group)
+
+    def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
+        kind = _kind(group)
+        if kind == "variance" and not is_open(self._known(group)[1]):
+            return _Variance(self, group, reducers)
+        if kind == "local" and self.backend.size > 1:
+            return _Local(self, group, reducers)
+        return _Sync(self, group, reducers)
+
+    def _known(self, group: Mapping[str, Any]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """The parameters of a group that have a variance, and their states."""
+        params = [p for p in group["params"] if "exp_avg_sq" in self.state.get(p, {})]
+        return params, [self.state[p] for p in params]
+
+    def _dead_of(self, reducers: GroupReducers, variances: Sequence[Tensor]) -> list[Tensor] | None:
+        """Masks of the entries whose variance is 0; they change only in variance steps."""
+        if reducers not in self._dead:
+            self._dead[reducers] = dead_masks(variances)
+            reducers.remask(self._dead[reducers])
+        return self._dead[reducers]
+
+    def _advance(
+        self, group: Mapping[str, Any], reducers: GroupReducers, reach: Reach
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's next momenta, β₁·m + (1-β₁)·gᵢ, and their mean over the interval, in new tensors; 0 if dead."""
+        params, states = self._known(group)
+        known = set(params)
+        gradients = [g for p, g in zip(group["params"], self._gradients(group), strict=True) if p in known]
+        values = [p.float() for p in params] if is_open(states) else fp32_values(params, states, group)
+        momenta = local_momenta([s["exp_avg"] for s in states], gradients, values, group)
+        dead = self._dead_of(reducers, [s["exp_avg_sq"] for s in states])
+        if dead is not None:
+            for m, mask in zip(momenta, dead, strict=True):
+                m.masked_fill_(mask, 0.0)
+        if not is_open(states):
+            return momenta, momenta
+        return momenta, list(torch._foreach_lerp([s[MEAN] for s in states], momenta, reach.shares))
+
+    def _note_left_out(self) -> None:
+        self._left_out_now = True
+        self.left_out_steps += 1
+        _log.warning(
+            "rank %d: it leaves its own contribution to a local step out, as its gradient is not finite (%d so far)",
+            self.backend.rank,
+            self.left_out_steps,
+        )
+
+    def _tell_scaler(self, made: Tensor) -> None:
+        super()._tell_scaler(made & (not self._left_out_now))
+        self._left_out_now = False
+
+    def _common_value(self, p: Tensor) -> Tensor:
+        state = self.state.get(p, {})
+        return starts_of([state])[0] if is_open([state]) else p
+
+
+class _Variance:
+    """Adam's step on gradients averaged in fp32."""
+
+    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._optimizer = optimizer
+        self._group = group
+        self._reducers = reducers
+        self._gradients = MeanGradients(group["params"], optimizer._gradients(group), reducers)
+
+    def all_finite(self) -> Tensor:
+        return self._gradients.all_finite()
+
+    def undo(self) -> None:
+        """Nothing was changed."""
+
+    def commit(self) -> None:
+        optimizer, group, mean = self._optimizer, self._group, self._gradients
+        params = [p for p, present in zip(group["params"], mean.present, strict=True) if present]
+        if not params:
+            return
+        if any("exp_avg_sq" not in optimizer.state.get(p, {}) for p in params):
+            self._reducers.renew()
+        optimizer._dead.pop(self._reducers, None)
+        states = [adam_state(optimizer.state, p) for p in params]
+        values = fp32_values(params, states, group)
+        gradients = _wanted([m for m, present in zip(mean.means, mean.present, strict=True) if present], values, group)
+        momenta, variances = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(momenta, gradients, 1 - beta1)
+        torch._foreach_mul_(variances, beta2)
+        torch._foreach_addcmul_(variances, gradients, gradients, 1 - beta2)
+        torch._foreach_add_([s["variance_step"] for s in states], 1.0)
+        move(values, momenta, variances, Reach.of(states, group), group["eps"])
+        torch._foreach_add_([s["step"] for s in states], 1.0)
+        write_back(params, values)
+
+
+class _Local:
+    """A step that a rank makes by itself."""
+
+    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._optimizer = optimizer
+        self._group = group
+        self._params, self._states = optimizer._known(group)
+        self._reach = Reach.of(self._states, group)
+        self._momenta, self._means = optimizer._advance(group, reducers, self._reach)
+        self._taken = bool(all_finite(self._means))
+
+    def all_finite(self) -> Tensor:
+        """True: only this rank could say no, and the others would not hear of it."""
+        return torch.ones((), dtype=torch.bool)
+
+    def undo(self) -> None:
+        """Nothing was changed."""
+
+    def commit(self) -> None:
+        if not self._params:
+            return
+        group, states, reach = self._group, self._states, self._reach
+        if not is_open(states):
+            begin(self._params, states, group)
+        if self._taken:
+            for state, momentum, mean in zip(states, self._momenta, self._means, strict=True):
+                state["exp_avg"] = momentum
+                state[MEAN] = mean.clone() if mean is momentum else mean
+        else:
+            self._leave_out()
+        for state, rate, kept in zip(states, reach.rates, reach.kept, strict=True):
+            state[RATE], state[KEPT] = rate, kept
+        variances = [s["exp_avg_sq"] for s in states]
+        local_step(self._params, starts_of(states), [s[MEAN] for s in states], variances, reach, group["eps"])
+        torch._foreach_add_([s["step"] for s in states], 1.0)
+
+    def _leave_out(self) -> None:
+        """Add nothing to Σγ·m: its mean a gets smaller as Σγ grows."""
+        for state, share in zip(self._states, self._reach.shares, strict=True):
+            state[MEAN] = state[MEAN] * (1 - share) if MEAN in state else torch.zeros_like(state["exp_avg"])
+        self._optimizer._note_left_out()
+
+
+class _Sync:
+    """A local step, unless `steps` is 0, at whose end all ranks agree on the mean momentum of the interval."""
+
+    def __init__(
+        self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers, *, steps: int = 1
+    ) -> None:
+        self._group = group
+        self._steps = steps
+        self._params, self._states = optimizer._known(group)
+        states = self._states
+        self._reach = Reach.of(states, group, steps=steps)
+        means = optimizer._advance(group, reducers, self._reach)[1] if steps else [s[MEAN] for s in states]
+        masks = optimizer._dead_of(reducers, [s["exp_avg_sq"] for s in states])
+        self._work: CompressedWork = reducers.compressed(means, lambda: masks).start(means)
+        self._work.finish()
+
+    def all_finite(self) -> Tensor:
+        return self._work.all_finite()
+
+    def undo(self) -> None:
+        self._work.undo()
+
+    def commit(self) -> None:
+        if not self._params:
+            return
+        group, states = self._group, self._states
+        momenta = [s["exp_avg"] for s in states]
+        self._work.decode(momenta)
+        starts = starts_of(states) if is_open(states) else fp32_values(self._params, states, group)
+        sync_step(self._params, starts, momenta, [s["exp_avg_sq"] for s in states], self._reach, group["eps"])
+        torch._foreach_add_([s["step"] for s in states], float(self._steps))
+        end(states)
+
+
+def _wanted(gradients: list[Tensor], values: list[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
+    """The gradients of what is to become smaller; those given are not changed."""
+    wanted = list(torch._foreach_neg(gradients)) if group["maximize"] else gradients
+    if not group["adamw_mode"] and group["weight_decay"]:
+        wanted = list(torch._foreach_add(wanted, values, alpha=group["weight_decay"]))
+    return wanted
+
+
+def _policies(group: Mapping[str, Any]) -> tuple[VariancePolicy, SyncPolicy]:
+    freeze = group["var_freeze_step"]
+    return (
+        VariancePolicy(var_freeze_step=freeze, var_update_scaler=group["var_update_scaler"]),
+        SyncPolicy(
+            var_freeze_step=freeze,
+            local_step_scaler=group["local_step_scaler"],
+            local_step_clipper=group["local_step_clipper"],
+        ),
+    )
+
+
+def _kind(group: Mapping[str, Any]) -> str:
+    """How the next step of a group is planned."""
+    variance, sync = _policies(group)
+    step = group["step"] + 1
+    if not group["compress"] or variance.updates(step):
+        return "variance"
+    return "sync" if sync.synchronises(step) else "local"
