@@ -1,0 +1,1 @@
+"""CUDA kernels of optimizer steps, by CuPy."""

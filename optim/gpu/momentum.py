@@ -1,0 +1,190 @@
+"""The fused step of 1-bit Adam on CUDA tensors: `onebit.optim.kernels.StepKernels`, tensors in, addresses out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onebit.comm.part import Part
+from onebit.compress import SignCodec
+from onebit.compress.gpu.module import launch
+from onebit.compress.gpu.operators import in_two_visits
+from onebit.optim.gpu.blocks import Group, Places, groups, numels
+from onebit.optim.gpu.operands import TYPES, operand
+
+name = "gpu"
+
+_SOURCE = Path(__file__).parent / "momentum.cu"
+_ONE_VISIT = 0
+_UNDO_THREADS = 1 << 18  # a few per multiprocessor; they loop, for nearly always there is nothing to undo
+
+
+def supports(codec: SignCodec) -> bool:
+    """As `StepKernels.supports`: all options of the codec."""
+    return True
+
+
+def encode_momentum(
+    part: Part,
+    grads: Sequence[Tensor | None],
+    momentum: Sequence[Tensor] | Tensor,
+    params: Sequence[Tensor],
+    *,
+    beta1: float,
+    alpha: float,
+    l2: float,
+) -> None:
+    """As `StepKernels.encode_momentum`."""
+    local = _Local(part, grads, momentum, params, beta1, alpha, l2)
+    layout, device, out, squared = part.layout, part.sent.device, part.sent.data_ptr(), int(part.squared)
+    for group in local.groups:
+        if group.full.n:
+            kernel = f"encode_full_{'l2_' if l2 else ''}{TYPES[group.kind % 4]}"
+            arguments = (*local.arguments(group.full, group), out, *_sizes(part), squared)
+            launch(_SOURCE, kernel, device, 32 * group.full.n, *arguments)
+
+    def visit(stage: int, sums: int) -> None:
+        for group in local.groups:
+            if group.others.n:
+                arguments = (*local.arguments(group.others, group), out, sums, *_sizes(part), squared, stage)
+                launch(_SOURCE, "encode_any", device, 32 * group.others.n, *arguments)
+
+    if layout.shared_scale:
+        in_two_visits(visit, layout.blocks, part.sent, layout, part.squared, None)
+    else:
+        visit(_ONE_VISIT, 0)
+
+
+def undo_encode(
+    part: Part,
+    grads: Sequence[Tensor | None],
+    momentum: Sequence[Tensor] | Tensor,
+    params: Sequence[Tensor],
+    *,
+    beta1: float,
+    alpha: float,
+    l2: float,
+    proceed: Tensor | None = None,
+) -> None:
+    """As `StepKernels.undo_encode`."""
+    local = _Local(part, grads, momentum, params, beta1, alpha, l2)
+    rest = (part.sent.data_ptr(), _address(proceed), *_sizes(part))
+    for group in local.groups:
+        for places in (group.full, group.others):
+            if places.n:
+                threads = min(32 * places.n, _UNDO_THREADS)
+                launch(_SOURCE, "undo_any", part.sent.device, threads, *local.arguments(places, group), *rest)
+
+
+def decode_update(
+    part: Part,
+    params: Sequence[Tensor],
+    masters: Sequence[Tensor | None],
+    variances: Sequence[Tensor],
+    momentum: Tensor,
+    scalars: Tensor,
+    *,
+    eps: float,
+    proceed: Tensor | None = None,
+) -> None:
+    """As `StepKernels.decode_update`."""
+    layout, device = part.layout, part.gathered.device
+    param = operand("params", params, layout, device)
+    master = operand("masters", masters, layout, device)
+    variance = operand("variances", variances, layout, device)
+    kinds = param.types + 4 * master.present
+    fast = param.aligned & master.aligned & variance.aligned & (part.mask is None)
+    for group in groups(layout, device, kinds, fast):
+        for places, kernel in ((group.full, _update_kernel(group.kind)), (group.others, "update_any")):
+            if places.n:
+                arguments = (
+                    *(places.address, places.n, numels(layout, device).data_ptr()),
+                    *(part.gathered.data_ptr(), momentum.data_ptr(), param.address, group.kind % 4, master.address),
+                    *(variance.address, _address(part.mask), scalars.data_ptr(), _bits(eps), _address(proceed)),
+                )
+                launch(_SOURCE, kernel, device, 32 * places.n, *arguments, *_sizes(part))
+
+
+def adam_scalars(
+    steps: Tensor,
+    variance_steps: Tensor,
+    scalars: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+    bias_correction: bool,
+    proceed: Tensor | None = None,
+) -> None:
+    """As `StepKernels.adam_scalars`."""
+    if isinstance(lr, Tensor) and lr.is_cuda:
+        lr = lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
+        rate = (lr.data_ptr(), int(lr.dtype == torch.float64), 0)
+    else:
+        rate = (0, 0, _bits(float(lr)))
+    factors = (*map(_bits, (*betas, weight_decay)), int(bias_correction), _address(proceed))
+    arguments = (steps.data_ptr(), variance_steps.data_ptr(), steps.numel(), scalars.data_ptr(), *rate, *factors)
+    if steps.numel():
+        launch(_SOURCE, "adam_scalars", scalars.device, steps.numel(), *arguments)
+
+
+class _Local:
+    """Operands of β₁·m + α·(g + l2·p), and the blocks to make it for."""
+
+    def __init__(
+        self,
+        part: Part,
+        grads: Sequence[Tensor | None],
+        momentum: Sequence[Tensor] | Tensor,
+        params: Sequence[Tensor],
+        beta1: float,
+        alpha: float,
+        l2: float,
+    ) -> None:
+        layout, device = part.layout, part.residual.device
+        grad = operand("grads", grads, layout, device)
+        param = operand("encoded params", params, layout, device) if l2 else None
+        self._part = part
+        if isinstance(momentum, Tensor):
+            self._momentum = (0, momentum.data_ptr())
+        else:
+            self._momentum = (operand("momenta", momentum, layout, device).address, 0)
+        self._grads, self._params = grad.address, 0 if param is None else param.address
+        self._factors = (_bits(beta1), _bits(alpha), _bits(l2))
+        self._numels = numels(layout, device).data_ptr()
+        plain = isinstance(momentum, Tensor) and part.mask is None and part.residual.data_ptr() % 16 == 0
+        fast = grad.aligned & plain
+        kinds = grad.types
+        if param is not None:
+            kinds, fast = kinds + 4 * param.types, fast & param.aligned
+        self.groups = groups(layout, device, kinds, fast)
+
+    def arguments(self, places: Places, group: Group) -> tuple[int, ...]:
+        """LOCAL_ARGUMENTS of momentum.cu."""
+        part = self._part
+        tensors = (self._grads, group.kind % 4, self._params, group.kind // 4, *self._momentum)
+        buffers = (part.residual.data_ptr(), _address(part.mask))
+        return places.address, places.n, self._numels, *tensors, *buffers, *self._factors
+
+
+def _update_kernel(kind: int) -> str:
+    return f"update_full_{'master_' if kind // 4 else ''}{TYPES[kind % 4]}"
+
+
+def _sizes(part: Part) -> tuple[int, int, int, int]:
+    """SIZE_ARGUMENTS of momentum.cu."""
+    layout = part.layout
+    return layout.chunk_blocks, layout.bits_bytes, layout.payload_bytes, layout.block_size
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bits(number: float) -> int:
+    """A number as the 64-bit integer that a launch takes."""
+    return int(np.float64(number).view(np.int64))

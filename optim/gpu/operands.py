@@ -1,0 +1,62 @@
+"""The lists of tensors that a fused step reads and writes, as kernels are told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from onebit.compress.gpu.pointers import Pointers
+from onebit.compress.layout import Layout
+
+TYPES = ("f32", "bf16", "f16")  # numbered as `Type` in momentum.cu
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass
+class Operand:
+    """One list of tensors; what it says of them is what they were when they were last sent.
+
+    Attributes:
+        pointers: their addresses on the device.
+        dtypes: of each, None for a tensor that is not there.
+        types: (k,) int64, numbers of TYPES; a tensor that is not there has that of the first one that is.
+        present: (k,) int64, 1 or 0.
+        aligned: (k,) bool, addresses are multiples of 16.
+    """
+
+    pointers: Pointers
+    dtypes: list[torch.dtype | None] = field(default_factory=list)
+    types: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    present: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    aligned: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+
+    @property
+    def address(self) -> int:
+        """Of the table of addresses."""
+        return self.pointers.address
+
+    def send(self, tensors: Sequence[Tensor | None]) -> None:
+        """Tell the device of these tensors, if they are not the ones it knows."""
+        dtypes = [None if t is None else t.dtype for t in tensors]
+        if not self.pointers.update(tensors) and dtypes == self.dtypes:
+            return
+        self.dtypes = dtypes
+        absent = next((_NUMBERS[d] for d in dtypes if d is not None), 0)
+        self.types = np.array([absent if d is None else _NUMBERS[d] for d in dtypes], np.int64)
+        self.present = np.array([d is not None for d in dtypes], np.int64)
+        self.aligned = np.array([t is None or t.data_ptr() % 16 == 0 for t in tensors], np.bool_)
+
+
+def operand(role: str, tensors: Sequence[Tensor | None], layout: Layout, device: torch.device) -> Operand:
+    """The operand that plays `role` for the tensors of a layout, sent to the device; it is kept with the layout."""
+    key = ("operand", role, device)
+    if key not in layout.cache:
+        layout.cache[key] = Operand(Pointers(len(tensors), device))
+    kept: Operand = layout.cache[key]
+    kept.send(tensors)
+    return kept
