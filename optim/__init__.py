@@ -1,8 +1,9 @@
 """Optimizers that average over ranks in about one bit per parameter, as thin consumers of `onebit.comm`."""
 
 from onebit.optim.base import CompressedOptimizer
+from onebit.optim.clip import clip_grad_norm_
 from onebit.optim.onebit_adam import OnebitAdam
 from onebit.optim.onebit_lamb import OnebitLamb
 from onebit.optim.zero_one_adam import ZeroOneAdam
 
-__all__ = ["CompressedOptimizer", "OnebitAdam", "OnebitLamb", "ZeroOneAdam"]
+__all__ = ["CompressedOptimizer", "OnebitAdam", "OnebitLamb", "ZeroOneAdam", "clip_grad_norm_"]

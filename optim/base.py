@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     # Options of a group that tell how far it has come, with their start; a state of torch's own Adam lacks them.
-    _progress: Mapping[str, Any] = {"step": 0}
+    _progress: ClassVar[Mapping[str, Any]] = {"step": 0}
 
     def __init__(
         self,

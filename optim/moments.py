@@ -42,6 +42,22 @@ def dead_masks(variances: Sequence[Tensor]) -> list[Tensor] | None:
     return masks if filled and bool(torch.stack(filled).any()) else None
 
 
+def wanted(gradients: Sequence[Tensor], values: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
+    """±g [+ λ·x]: the gradient of what is to become smaller, with weight decay where that is coupled.
+
+    Args:
+        gradients: fp32 tensors, not changed, and returned themselves where there is nothing to do.
+        values: the parameters in fp32; see `fp32_values`.
+        group: ``maximize``, ``adamw_mode``, ``weight_decay``.
+    """
+    made = list(gradients)
+    if made and group["maximize"]:
+        made = list(torch._foreach_neg(made))
+    if made and not group["adamw_mode"] and group["weight_decay"]:
+        made = list(torch._foreach_add(made, list(values), alpha=group["weight_decay"]))
+    return made
+
+
 def local_momenta(
     momenta: Sequence[Tensor],
     gradients: Sequence[Tensor | None],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from onebit.compress import SignCodec
 from onebit.optim.base import CompressedOptimizer
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, measure, observe, warn_if_too_late
 from onebit.optim.master import fp32_values, write_back
-from onebit.optim.moments import adam_state, corrections, dead_masks, decay, local_momenta
-from onebit.optim.options import check_adam_options, check_flags, check_freeze_step
+from onebit.optim.moments import adam_state, corrections, dead_masks, decay, local_momenta, wanted
+from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step
 
 _log = logging.getLogger(__name__)
 
@@ -35,12 +36,21 @@ class OnebitAdam(CompressedOptimizer):
     that had no gradient on any rank during warm-up is left alone for good. After the freeze a gradient that is None
     counts as zero. With one rank nothing is compressed.
 
+    Options of a group are those below up to `master_weights`, and ``compress``: False for a group that is to make
+    warm-up's steps for ever, such as one of a few numbers that must be exact.
+
     Args:
         params: as for any torch optimizer; fp32, bf16 or fp16, with the same start on every rank. Moments are fp32.
         lr, betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`.
         freeze_step: number of warm-up steps, at least 1; 15 to 25 % of training, past the learning rate's own warm-up.
+            ``"auto"``: until the variance is stable; see `onebit.optim.freeze.observe`.
+        total_steps: length of the training, if known: a warning comes when it would end before the freeze.
+        variance_refresh: k: every k-th step after the freeze averages gradients in fp32 instead and brings the variance
+            up to date, as if they had been those of k steps: v <- β₂ᵏ·v + (1-β₂ᵏ)·g². Dead entries that have a gradient
+            then come alive. None or 0: never.
         adamw_mode: True: decoupled weight decay (AdamW); False: decay is added to the gradient (Adam).
         bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵗ out.
+        master_weights: keep an fp32 copy, ``state["master"]``, of each parameter in bf16 or fp16 and update that.
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire after warm-up.
@@ -50,6 +60,8 @@ class OnebitAdam(CompressedOptimizer):
         BackendError: the backend is unknown or cannot be used.
     """
 
+    _progress: ClassVar[Mapping[str, Any]] = {"step": 0, **PROGRESS}
+
     def __init__(
         self,
         params: Any,
@@ -58,7 +70,9 @@ class OnebitAdam(CompressedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        freeze_step: int,
+        freeze_step: int | str,
+        total_steps: int | None = None,
+        variance_refresh: int | None = None,
         adamw_mode: bool = True,
         bias_correction: bool = True,
         maximize: bool = False,
@@ -74,6 +88,8 @@ class OnebitAdam(CompressedOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "freeze_step": freeze_step,
+            "total_steps": total_steps,
+            "variance_refresh": variance_refresh,
             "adamw_mode": adamw_mode,
             "bias_correction": bias_correction,
             "maximize": maximize,
@@ -89,8 +105,17 @@ class OnebitAdam(CompressedOptimizer):
         )
 
     def phase(self, group: int = 0) -> str:
-        """``"warmup"`` or ``"compressed"``: how the next step of a parameter group will be made."""
-        return "warmup" if _in_warmup(self.param_groups[group]) else "compressed"
+        """How the next step of a parameter group will be made.
+
+        Returns:
+            ``"warmup"``, ``"compressed"``, ``"refresh"`` (see `variance_refresh`) or ``"dense"`` (``compress=False``).
+        """
+        self._pending.wait()
+        return _phase(self.param_groups[group], self.param_groups[group]["step"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        warn_if_too_late("OnebitAdam", self.param_groups[-1])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -102,40 +127,70 @@ class OnebitAdam(CompressedOptimizer):
         check_adam_options("OnebitAdam", group)
         check_flags("OnebitAdam", group, "adamw_mode", "bias_correction", "maximize")
         check_freeze_step("OnebitAdam", group["freeze_step"])
+        check_count("OnebitAdam", "total_steps", group["total_steps"], "the length of the training")
+        check_count("OnebitAdam", "variance_refresh", group["variance_refresh"], "steps between two, 0 for none", 0)
+
+    def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
+        return len({_phase(group, group["step"] + made) for made in range(unknown + 1)}) > 1
+
+    def _count_made(self, group: dict[str, Any]) -> None:
+        known = [self.state[p]["step"] for p in group["params"] if p in self.state]
+        if known:
+            torch._foreach_add_(known, 1.0)
 
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
-        if _in_warmup(group):
-            return _Warmup(self, group, reducers)
-        return _Compressed(self, group, reducers)
+        phase = _phase(group, group["step"])
+        if phase == "compressed":
+            return _Compressed(self, group, reducers)
+        if phase == "refresh":
+            return _Refresh(self, group, reducers)
+        return _Dense(self, group, reducers)
 
 
-class _Warmup:
+def _phase(group: Mapping[str, Any], step: int) -> str:
+    """How a group makes the step that follows its first `step` ones: a function of its options and progress alone."""
+    if not group["compress"]:
+        return "dense"
+    if not is_frozen(group, step):
+        return "warmup"
+    every = group["variance_refresh"]
+    return "refresh" if every and (step + 1 - (frozen_since(group) or 0)) % every == 0 else "compressed"
+
+
+class _Dense:
     """Adam's own step on gradients averaged in fp32."""
 
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._optimizer = optimizer
+        self._states = optimizer.state
+        self._rank = reducers.backend.rank
         self._group = group
-        self._gradients = MeanGradients(group["params"], optimizer._gradients(group), reducers)
+        params = group["params"]
+        variance = measure(group, [self._states.get(p, {}) for p in params], params[0].device) if params else None
+        self._mean = MeanGradients(params, optimizer._gradients(group), reducers, note=variance)
 
     def all_finite(self) -> Tensor:
-        return self._gradients.all_finite()
+        return self._mean.all_finite()
 
     def undo(self) -> None:
         """Nothing was changed."""
 
     def commit(self) -> None:
-        group, mean = self._group, self._gradients
-        params = [p for p, present in zip(group["params"], mean.present, strict=True) if present]
-        means = [m for m, present in zip(mean.means, mean.present, strict=True) if present]
-        if not params:
+        self._update([i for i, present in enumerate(self._mean.present) if present])
+        if self._mean.note is not None:
+            observe(self._group, self._mean.note, self._rank)
+
+    def _update(self, used: Sequence[int]) -> None:
+        if not used:
             return
-        states = [adam_state(self._optimizer.state, p) for p in params]
+        group = self._group
+        params = [group["params"][i] for i in used]
+        states = [adam_state(self._states, p) for p in params]
         values = fp32_values(params, states, group)
         steps = [s["step"] for s in states]
         counted = steps if group["bias_correction"] else [torch.full_like(s, torch.inf) for s in steps]
         (adamw if group["adamw_mode"] else adam)(
             values,
-            means,
+            [self._mean.means[i] for i in used],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -154,15 +209,22 @@ class _Warmup:
         write_back(params, values)
 
 
-class _Compressed:
-    """Momentum averaged in one bit per entry over a frozen variance."""
+class _Frozen:
+    """The parameters of a group that have a variance, after the freeze; the others are left alone.
+
+    Attributes:
+        indices: which of the group's parameters they are.
+        params, states: they, and their states.
+        gradients: this rank's own, one per parameter of the group.
+    """
 
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._group = group
-        known = ["exp_avg" in optimizer.state.get(p, {}) for p in group["params"]]
-        self._params = [p for p, k in zip(group["params"], known, strict=True) if k]
-        self._states = [optimizer.state[p] for p in self._params]
-        late = [i for i, p in enumerate(group["params"]) if p.grad is not None and not known[i]]
+        self.group = group
+        self.gradients = optimizer._gradients(group)
+        self.indices = [i for i, p in enumerate(group["params"]) if "step" in optimizer.state.get(p, {})]
+        self.params = [group["params"][i] for i in self.indices]
+        self.states = [optimizer.state[p] for p in self.params]
+        late = sorted({i for i, g in enumerate(self.gradients) if g is not None} - set(self.indices))
         if late and reducers.first_warning():
             _log.warning(
                 "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them "
@@ -170,11 +232,40 @@ class _Compressed:
                 optimizer.backend.rank,
                 late,
             )
-        gradients = [g for g, k in zip(optimizer._gradients(group), known, strict=True) if k]
-        momenta = [s["exp_avg"] for s in self._states]
-        reduce = reducers.compressed(momenta, lambda: dead_masks([s["exp_avg_sq"] for s in self._states]))
-        values = fp32_values(self._params, self._states, group)
-        self._work: CompressedWork = reduce.start(local_momenta(momenta, gradients, values, group))
+
+    def momenta(self) -> list[Tensor]:
+        return [s["exp_avg"] for s in self.states]
+
+    def variances(self) -> list[Tensor]:
+        return [s["exp_avg_sq"] for s in self.states]
+
+    def values(self) -> list[Tensor]:
+        return fp32_values(self.params, self.states, self.group)
+
+    def update(self) -> None:
+        """x <- x - lr·λ·x - lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵀ)) + ε), with the m and v that there are now."""
+        if not self.params:
+            return
+        group, values = self.group, self.values()
+        torch._foreach_add_([s["step"] for s in self.states], 1.0)
+        decay(values, group)
+        rates, roots = zip(*(corrections(s, group) for s in self.states), strict=True)
+        spread = torch._foreach_sqrt(self.variances())
+        torch._foreach_div_(spread, list(roots))
+        torch._foreach_add_(spread, group["eps"])
+        torch._foreach_addcdiv_(values, self.momenta(), spread, [-float(group["lr"]) * rate for rate in rates])
+        write_back(self.params, values)
+
+
+class _Compressed:
+    """Momentum averaged in one bit per entry over a frozen variance."""
+
+    def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._frozen = frozen = _Frozen(optimizer, group, reducers)
+        momenta = frozen.momenta()
+        reduce = reducers.compressed(momenta, lambda: dead_masks(frozen.variances()))
+        gradients = [frozen.gradients[i] for i in frozen.indices]
+        self._work: CompressedWork = reduce.start(local_momenta(momenta, gradients, frozen.values(), group))
         self._work.finish()
 
     def all_finite(self) -> Tensor:
@@ -184,21 +275,34 @@ class _Compressed:
         self._work.undo()
 
     def commit(self) -> None:
-        if not self._params:
-            return
-        group, states = self._group, self._states
-        momenta = [s["exp_avg"] for s in states]
-        self._work.decode(momenta)
-        torch._foreach_add_([s["step"] for s in states], 1.0)
-        values = fp32_values(self._params, states, group)
-        decay(values, group)
-        rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
-        spread = torch._foreach_sqrt([s["exp_avg_sq"] for s in states])
-        torch._foreach_div_(spread, list(roots))
-        torch._foreach_add_(spread, group["eps"])
-        torch._foreach_addcdiv_(values, momenta, spread, [-float(group["lr"]) * rate for rate in rates])
-        write_back(self._params, values)
+        self._work.decode(self._frozen.momenta())
+        self._frozen.update()
 
 
-def _in_warmup(group: Mapping[str, Any]) -> bool:
-    return bool(group["step"] < group["freeze_step"])
+class _Refresh:
+    """Momentum and variance from gradients averaged in fp32; error feedback waits for the next compressed step."""
+
+    def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._frozen = _Frozen(optimizer, group, reducers)
+        self._reducers = reducers
+        self._mean = MeanGradients(group["params"], self._frozen.gradients, reducers)
+
+    def all_finite(self) -> Tensor:
+        return self._mean.all_finite()
+
+    def undo(self) -> None:
+        """Nothing was changed."""
+
+    def commit(self) -> None:
+        frozen, mean = self._frozen, self._mean
+        group = frozen.group
+        gradients = wanted([mean.means[i] for i in frozen.indices], frozen.values(), group)
+        if gradients:
+            torch._foreach_lerp_(frozen.momenta(), gradients, 1 - group["betas"][0])
+        kept = group["betas"][1] ** group["variance_refresh"]
+        for i, g, state in zip(frozen.indices, gradients, frozen.states, strict=True):
+            if mean.present[i]:
+                state["exp_avg_sq"].mul_(kept).addcmul_(g, g, value=1 - kept)
+                state["variance_step"] += group["variance_refresh"]
+        frozen.update()
+        self._reducers.remask(dead_masks(frozen.variances()))

@@ -65,12 +65,18 @@ def check_adam_options(owner: str, group: Mapping[str, Any]) -> None:
 
 
 def check_freeze_step(owner: str, freeze_step: Any) -> None:
-    """Raise InputError unless it is an int of at least 1."""
-    if type(freeze_step) is not int or freeze_step < 1:
+    """Raise InputError unless it is an int of at least 1 or ``"auto"``."""
+    if freeze_step != "auto" and (type(freeze_step) is not int or freeze_step < 1):
         raise InputError(
-            f"{owner}: freeze_step must be an int of at least 1, the number of warm-up steps, got {freeze_step!r}; 15 "
-            "to 25 % of all steps is usual"
+            f"{owner}: freeze_step must be an int of at least 1, the number of warm-up steps, or 'auto', got "
+            f"{freeze_step!r}; 15 to 25 % of all steps is usual"
         )
+
+
+def check_count(owner: str, name: str, value: Any, what: str, least: int = 1) -> None:
+    """Raise InputError unless an option is None or an int of at least `least`; `what` says what it counts."""
+    if value is not None and (type(value) is not int or value < least):
+        raise InputError(f"{owner}: {name} must be None or an int of at least {least}, {what}, got {value!r}")
 
 
 def _check_number(owner: str, name: str, value: Any, low: float, high: float) -> None:
