@@ -1,0 +1,229 @@
+"""1-bit Adam's compressed step by fused kernels: the averaged momentum stays signs and scales from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebit.comm import CompressedAllreduce, CompressedWork, Part
+from onebit.compress.kernels import DTYPES
+from onebit.optim.kernels import Momentum, StepKernels
+from onebit.optim.master import fp32_values
+
+States = Sequence[MutableMapping[str, Any]]
+
+
+class FusedMomentum:
+    """The averaged momentum of one group, and what its fused steps need between them.
+
+    After an average the momentum is what every rank has received: 1 bit per element and a scale per block. It is kept
+    so, and ``state["exp_avg"]`` is dropped; `unfused` makes it anew, and a step from the one equals a step from the
+    other bit for bit. Buffers keep their addresses.
+
+    Args:
+        kernels: what encodes and updates.
+        reduce: the average of the momenta, over more than one rank.
+        states: per tensor of `reduce` Adam's state, ``exp_avg`` included; what is not row-major is made so.
+
+    Attributes:
+        settles: steps after the first leave it to the device whether they are made.
+        steps, variance_steps: (k,) fp32, counts of the k tensors that have elements, on their device.
+        scalars: (k, 3) fp32; see `StepKernels.decode_update`.
+    """
+
+    def __init__(self, kernels: StepKernels, reduce: CompressedAllreduce, states: States) -> None:
+        self.kernels = kernels
+        self.reduce = reduce
+        device = reduce.parts[0].sent.device
+        self.settles = device.type == "cuda"
+        # A part uses neighbours, for only tensors without elements are in no part: its rows are a slice.
+        self._filled = [i for i, state in enumerate(states) if state["exp_avg_sq"].numel()]
+        self._row = {index: row for row, index in enumerate(self._filled)}
+        self.steps, self.variance_steps = torch.zeros(2, len(self._filled), device=device)
+        self.scalars = torch.zeros(len(self._filled), 3, device=device)
+        self._payloads = {part.sent.data_ptr(): torch.zeros_like(part.sent) for part in reduce.parts}
+        self._averaged = False
+
+    def exchange(
+        self, group: Mapping[str, Any], params: Sequence[Tensor], states: States, gradients: Sequence[Tensor | None]
+    ) -> FusedStep:
+        """Send and receive one step; arguments as for `FusedStep`."""
+        if not self._averaged:
+            self._take_over(states)
+        settles = self.settles and self._averaged  # else the host must know whether the momentum is still in fp32
+        return (SettlingStep if settles else FusedStep)(self, group, params, states, gradients)
+
+    def source(self, part: Part, states: States) -> Momentum:
+        """The momentum that a step starts from."""
+        return self.payload(part) if self._averaged else [states[i]["exp_avg"] for i in part.used]
+
+    def payload(self, part: Part) -> Tensor:
+        """Where the averaged momentum of a part is kept, as payloads."""
+        return self._payloads[part.sent.data_ptr()]
+
+    def rows(self, part: Part) -> Tensor:
+        """The rows of `scalars` that belong to a part's tensors."""
+        return self.scalars[self._row[part.used[0]] : self._row[part.used[-1]] + 1]
+
+    def keep(self, states: States) -> None:
+        """From now on the payloads are the momentum."""
+        self._averaged = True
+        for state in states:
+            state.pop("exp_avg", None)
+
+    def unfused(self, params: Sequence[Tensor], states: States) -> list[dict[str, Any]]:
+        """Return the states as they would be without fused kernels: with ``exp_avg``, and the parameters' strides.
+
+        The masks of the average must be those of its last step.
+        """
+        whole = [dict(state) for state in states]
+        if self._averaged:
+            momenta = [torch.zeros(p.shape, device=p.device) for p in params]
+            for part in self.reduce.parts:
+                used = [momenta[i] for i in part.used]
+                self.reduce.codec.decode(self.payload(part), used, layout=part.layout, mask=part.mask)
+            for state, momentum in zip(whole, momenta, strict=True):
+                state["exp_avg"] = momentum
+        for p, state in zip(params, whole, strict=True):
+            for key in ("exp_avg", "exp_avg_sq", "master"):
+                if key in state and state[key].stride() != p.stride():
+                    state[key] = torch.empty_like(p, dtype=state[key].dtype).copy_(state[key])
+        return whole
+
+    def release(self, params: Sequence[Tensor], states: States) -> None:
+        """Give the momentum back to the states; the next step starts from what they hold then."""
+        for state, whole in zip(states, self.unfused(params, states), strict=True):
+            state.update(whole)
+        self._averaged = False
+
+    def _take_over(self, states: States) -> None:
+        """Start from states that others have written."""
+        for state in states:
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].contiguous()
+        for counts, key in ((self.steps, "step"), (self.variance_steps, "variance_step")):
+            counts.copy_(torch.tensor([float(states[i][key]) for i in self._filled]))
+
+
+class FusedStep:
+    """One compressed step whose fate the host decides; nothing but error feedback has changed yet.
+
+    Args:
+        average: the group's momentum.
+        group: its options.
+        params: what is updated, one per tensor of the average.
+        states: their states.
+        gradients: this rank's own; None counts as zero. They must stay as they are until the step is over.
+    """
+
+    def __init__(
+        self,
+        average: FusedMomentum,
+        group: Mapping[str, Any],
+        params: Sequence[Tensor],
+        states: States,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        self._average = average
+        self._kernels = average.kernels
+        self._group = group
+        self._params = params
+        self._states = states
+        self._gradients = [None if g is None else _row_major(g) for g in gradients]
+        sign = -1.0 if group["maximize"] else 1.0
+        coupled = 0.0 if group["adamw_mode"] else group["weight_decay"]
+        self._factors = {
+            "beta1": group["betas"][0],
+            "alpha": sign * (1 - group["betas"][0]),
+            "l2": sign * coupled,  # a part of the gradient, and as that it takes the sign once more
+        }
+        self._masters = _masters(params, states, group)
+        self._values = [p if master is None else master for master, p in zip(self._masters, params, strict=True)]
+        if coupled:
+            self._values = [_row_major(value) for value in self._values]
+        self._work: CompressedWork = average.reduce.start_with(self._encode, self._undo_encode)
+        self._work.finish()
+
+    def all_finite(self) -> Tensor:
+        return self._work.all_finite()
+
+    def undo(self) -> None:
+        self._work.undo()
+
+    def commit(self) -> None:
+        torch._foreach_add_([state["step"] for state in self._states], 1.0)
+        self._update(None)
+        self._work.accept()
+
+    def _encode(self, part: Part) -> None:
+        self._kernels.encode_momentum(part, *self._inputs(part), **self._factors)
+
+    def _undo_encode(self, part: Part, made: Tensor | None = None) -> None:
+        self._kernels.undo_encode(part, *self._inputs(part), **self._factors, proceed=made)
+
+    def _inputs(self, part: Part) -> tuple[list[Tensor | None], Momentum, list[Tensor]]:
+        gradients = [self._gradients[i] for i in part.used]
+        return gradients, self._average.source(part, self._states), [self._values[i] for i in part.used]
+
+    def _update(self, made: Tensor | None) -> None:
+        """Move the parameters, where `made` is not false; the payloads become the momentum."""
+        average, group = self._average, self._group
+        self._kernels.adam_scalars(
+            average.steps,
+            average.variance_steps,
+            average.scalars,
+            lr=group["lr"],
+            betas=group["betas"],
+            weight_decay=group["weight_decay"] if group["adamw_mode"] else 0.0,
+            bias_correction=group["bias_correction"],
+            proceed=made,
+        )
+        rows = [_row_major(p) for p in self._params]
+        for part in average.reduce.parts:
+            self._kernels.decode_update(
+                part,
+                [rows[i] for i in part.used],
+                [self._masters[i] for i in part.used],
+                [self._states[i]["exp_avg_sq"] for i in part.used],
+                average.payload(part),
+                average.rows(part),
+                eps=group["eps"],
+                proceed=made,
+            )
+        for p, row in zip(self._params, rows, strict=True):
+            if p is not row:
+                p.copy_(row)
+        average.keep(self._states)
+
+
+class SettlingStep(FusedStep):
+    """One compressed step whose fate the device decides, without the host being told."""
+
+    def settle(self, finite: Tensor) -> None:
+        """Make the step where `finite`, 0-dim bool on the device, is true, and else undo it."""
+        self._update(finite)
+        for part in self._average.reduce.parts:
+            self._undo_encode(part, finite)
+        self._work.settle_server(finite)
+
+
+def _masters(params: Sequence[Tensor], states: States, group: Mapping[str, Any]) -> list[Tensor | None]:
+    """The fp32 master of each parameter, row-major; None: it has none."""
+    if not group["master_weights"]:
+        return [None] * len(params)
+    masters: list[Tensor | None] = []
+    for p, state, value in zip(params, states, fp32_values(params, states, group), strict=True):
+        if value is not p:
+            state["master"] = value.contiguous()
+        masters.append(None if value is p else state["master"])
+    return masters
+
+
+def _row_major(tensor: Tensor) -> Tensor:
+    """The tensor, if its elements lie in order and in a dtype that kernels read; else a copy that is so."""
+    if tensor.dtype not in DTYPES:
+        tensor = tensor.float()
+    return tensor.contiguous()
