@@ -209,6 +209,17 @@ def copy_byte(builder: Any, target: Any, source: Any) -> Any:
     _store(builder, target, _load(builder, source, ir.IntType(8), 1), 1)
 
 
+@_operation(types.void, types.int64)
+def prefetch(builder: Any, address: Any) -> Any:
+    """Ask for the line of 64 bytes at an address that will soon be read; any address will do."""
+    kind = ir.IntType(8).as_pointer()
+    function = builder.module.declare_intrinsic(
+        "llvm.prefetch", [kind], ir.FunctionType(ir.VoidType(), [kind, _I32, _I32, _I32])
+    )
+    read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+    builder.call(function, [builder.inttoptr(address, kind), read, keep, data])
+
+
 @_operation(types.void)
 def fence(builder: Any) -> Any:
     """Order everything before, streamed stores included, before everything after."""
