@@ -12,7 +12,7 @@ constexpr int TILE = 1024;
 constexpr u32 ALL = 0xFFFFFFFFu;
 constexpr u32 NAN_BITS = 0x7FC00000u;
 constexpr float LARGEST = 3.402823466e38f;
-constexpr float RESCUE = 1.262177448353618888658765704452e-29f;       // 2^-96
+[[maybe_unused]] constexpr float RESCUE = 1.262177448353618888658765704452e-29f;       // 2^-96
 constexpr float UNDO_RESCUE = 79228162514264337593543950336.0f;        // 2^96
 
 // One block, as the tables made for a list of tensors name it. Blocks of 1024 real elements at aligned addresses stand in
