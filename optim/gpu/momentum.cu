@@ -255,7 +255,7 @@ struct LocalMomentum {
             for (int i = 0; i < 32; i++)
                 values[i / 4][i % 4] = __fadd_rn(values[i / 4][i % 4], __fmul_rn(l2, p[i / 4][i % 4]));
         }
-        if (m != 0) {
+        if (words == nullptr) {
             float old[ROWS][4];
             load_any(F32, m, first, live, whole, lane, old);
 #pragma unroll
