@@ -182,9 +182,8 @@ class AdamBase(torch.optim.Optimizer):
         """The state of a parameter, made if it has none."""
         state: dict[str, Any] = self.state[p]
         if not state:
-            state["step"] = self._new_step(group, p)
-            for key in MOMENTS:
-                state[key] = dense_like(p, self._moment_dtype(group, p, key)).zero_()
+            moments = {key: dense_like(p, self._moment_dtype(group, p, key)).zero_() for key in MOMENTS}
+            state.update(moments, step=self._new_step(group, p))
         return state
 
     def _take(self, group: Mapping[str, Any], p: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -258,12 +257,20 @@ class AdamBase(torch.optim.Optimizer):
         return None
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements lie without gaps and without overlap, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
 def dense_like(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor of p's shape; with p's strides where these leave no gaps, else contiguous."""
-    like = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    if like.stride() == p.stride():
-        return like
-    return torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False)
+    """A new tensor of p's shape, not initialised; with p's strides where p is dense, else contiguous."""
+    order = torch.preserve_format if is_dense(p) else torch.contiguous_format
+    return torch.empty_like(p, dtype=dtype, memory_format=order, requires_grad=False)
 
 
 def _betas_to_numbers(group: dict[str, Any]) -> None:
