@@ -2,9 +2,10 @@
 
 from onebit.optim.base import CompressedOptimizer
 from onebit.optim.clip import clip_grad_norm_
+from onebit.optim.cpu_adam import CPUAdam
 from onebit.optim.fused_adam import FusedAdam
 from onebit.optim.onebit_adam import OnebitAdam
 from onebit.optim.onebit_lamb import OnebitLamb
 from onebit.optim.zero_one_adam import ZeroOneAdam
 
-__all__ = ["CompressedOptimizer", "FusedAdam", "OnebitAdam", "OnebitLamb", "ZeroOneAdam", "clip_grad_norm_"]
+__all__ = ["CPUAdam", "CompressedOptimizer", "FusedAdam", "OnebitAdam", "OnebitLamb", "ZeroOneAdam", "clip_grad_norm_"]
