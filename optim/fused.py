@@ -155,7 +155,7 @@ class FusedStep:
 
     def commit(self) -> None:
         torch._foreach_add_([state["step"] for state in self._states], 1.0)
-        self._update(None)
+        self._update()
         self._work.accept()
 
     def _encode(self, part: Part) -> None:
@@ -168,8 +168,14 @@ class FusedStep:
         gradients = [self._gradients[i] for i in part.used]
         return gradients, self._average.source(part, self._states), [self._values[i] for i in part.used]
 
-    def _update(self, made: Tensor | None) -> None:
-        """Move the parameters, where `made` is not false; the payloads become the momentum."""
+    def _update(self, made: Tensor | None = None) -> None:
+        """Count the time of `_move`."""
+        reduce = self._average.reduce
+        with reduce.stats.stage("update", reduce.backend):
+            self._move(made)
+
+    def _move(self, made: Tensor | None) -> None:
+        """Move the parameters, unless `made` is false; the payloads become the momentum."""
         average, group = self._average, self._group
         self._kernels.adam_scalars(
             average.steps,

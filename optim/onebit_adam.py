@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from onebit.comm import CompressedWork
+from onebit.comm import CompressedAllreduce, CompressedWork
 from onebit.compress import SignCodec
 from onebit.optim.base import CompressedOptimizer
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, measure, observe, warn_if_too_late
+from onebit.optim.fused import FusedMomentum
+from onebit.optim.kernels import step_kernels
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, decay, local_momenta, wanted
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step
@@ -103,6 +105,18 @@ class OnebitAdam(CompressedOptimizer):
             backend=backend,
             codec=codec,
         )
+        self._fused: dict[GroupReducers, FusedMomentum] = {}
+
+    @property
+    def kernels(self) -> str:
+        """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
+
+        Fused kernels come with the codec's own, on more than one rank. Between their steps the momentum is kept as it
+        was sent, so ``state_dict()`` has ``exp_avg`` but ``state`` does not.
+        """
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        fused = step_kernels(device, self._codec) if self.backend.size > 1 else None
+        return "torch" if fused is None else fused.name
 
     def phase(self, group: int = 0) -> str:
         """How the next step of a parameter group will be made.
@@ -117,8 +131,19 @@ class OnebitAdam(CompressedOptimizer):
         super().add_param_group(param_group)
         warn_if_too_late("OnebitAdam", self.param_groups[-1])
 
+    def state_dict(self) -> dict[str, Any]:
+        packed: dict[str, Any] = super().state_dict()
+        for group, reducers, saved in zip(self.param_groups, self._of_groups(), packed["param_groups"], strict=True):
+            if reducers in self._fused:
+                known = [(i, p) for i, p in zip(saved["params"], group["params"], strict=True) if i in packed["state"]]
+                states = [packed["state"][i] for i, _ in known]
+                whole = self._fused[reducers].unfused([p for _, p in known], states)
+                packed["state"].update(zip([i for i, _ in known], whole, strict=True))
+        return packed
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._fused = {}
         for state in self.state.values():
             if "step" in state:  # where Adam or AdamW made it, every step updated the variance
                 state.setdefault("variance_step", state["step"].clone())
@@ -141,10 +166,20 @@ class OnebitAdam(CompressedOptimizer):
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
         phase = _phase(group, group["step"])
         if phase == "compressed":
-            return _Compressed(self, group, reducers)
+            return self._compressed(_Frozen(self, group, reducers), reducers)
         if phase == "refresh":
             return _Refresh(self, group, reducers)
         return _Dense(self, group, reducers)
+
+    def _compressed(self, frozen: _Frozen, reducers: GroupReducers) -> Exchange:
+        """A compressed step by fused kernels, where there are any and something to average."""
+        reduce = reducers.compressed(frozen.variances(), lambda: dead_masks(frozen.variances()))  # like the momenta
+        if reducers not in self._fused:
+            kernels = step_kernels(frozen.params[0].device, self._codec) if reduce.parts else None
+            if kernels is None:
+                return _Compressed(frozen, reduce)
+            self._fused[reducers] = FusedMomentum(kernels, reduce, frozen.states)
+        return self._fused[reducers].exchange(frozen.group, frozen.params, frozen.states, frozen.own_gradients())
 
 
 def _phase(group: Mapping[str, Any], step: int) -> str:
@@ -239,6 +274,9 @@ class _Frozen:
     def variances(self) -> list[Tensor]:
         return [s["exp_avg_sq"] for s in self.states]
 
+    def own_gradients(self) -> list[Tensor | None]:
+        return [self.gradients[i] for i in self.indices]
+
     def values(self) -> list[Tensor]:
         return fp32_values(self.params, self.states, self.group)
 
@@ -258,14 +296,12 @@ class _Frozen:
 
 
 class _Compressed:
-    """Momentum averaged in one bit per entry over a frozen variance."""
+    """Momentum averaged in one bit per entry over a frozen variance, by torch's operations."""
 
-    def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._frozen = frozen = _Frozen(optimizer, group, reducers)
-        momenta = frozen.momenta()
-        reduce = reducers.compressed(momenta, lambda: dead_masks(frozen.variances()))
-        gradients = [frozen.gradients[i] for i in frozen.indices]
-        self._work: CompressedWork = reduce.start(local_momenta(momenta, gradients, frozen.values(), group))
+    def __init__(self, frozen: _Frozen, reduce: CompressedAllreduce) -> None:
+        self._frozen = frozen
+        local = local_momenta(frozen.momenta(), frozen.own_gradients(), frozen.values(), frozen.group)
+        self._work: CompressedWork = reduce.start(local)
         self._work.finish()
 
     def all_finite(self) -> Tensor:
@@ -283,8 +319,10 @@ class _Refresh:
     """Momentum and variance from gradients averaged in fp32; error feedback waits for the next compressed step."""
 
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._frozen = _Frozen(optimizer, group, reducers)
+        self._frozen = frozen = _Frozen(optimizer, group, reducers)
         self._reducers = reducers
+        if reducers in optimizer._fused:
+            optimizer._fused[reducers].release(frozen.params, frozen.states)
         self._mean = MeanGradients(group["params"], self._frozen.gradients, reducers)
 
     def all_finite(self) -> Tensor:

@@ -83,9 +83,10 @@ def test_200_steps_through_the_freeze_follow_the_float64_oracle(variant: str, wo
             step(optimizer, made(params, backend.rank, seed * STEPS + number))
             scheduler.step()
             if number % 20 == 19 or number == FREEZE:
-                state = [optimizer.state[p] for p in params]
+                saved = optimizer.state_dict()
+                state = [saved["state"][i] for i in range(len(params))]
                 moments = [arrays([s[key] for s in state]) for key in ("exp_avg", "exp_avg_sq")]
-                seen.append(([arrays(params), *moments], optimizer.state_dict()["onebit"]["residuals"][0]))
+                seen.append(([arrays(params), *moments], saved["onebit"]["residuals"][0]))
         return seen
 
     per_rank = run_threads(world_size, train)
@@ -279,7 +280,7 @@ def test_stats_count_both_phases() -> None:
         assert sent[0] == sent[1]
         assert sent[2] == sent[3] == sent[4] < sent[0] / 30
         assert stats.wire_bytes == sum(sent)
-        assert set(stats.seconds) >= {"all_to_all", "all_gather", "encode", "reduce_encode", "decode"}
+        assert set(stats.seconds) >= {"all_to_all", "all_gather", "encode", "reduce_encode", "update"}
         return stats.calls, stats.collectives, sent[0], sent[2]
 
     # In warm-up a flag per parameter travels along: 4097 numbers, filled up to a multiple of 2.
@@ -331,7 +332,7 @@ def test_dead_entries_stay_bit_equal_to_their_start_and_hold_nothing(world_size:
                 g[0][dead] = 0.0
             step(optimizer, g)
             assert bits(params[0][dead]) == start
-            state = optimizer.state[params[0]]
+            state = optimizer.state_dict()["state"][0]
             assert not state["exp_avg"][dead].any()
             assert not state["exp_avg_sq"][dead].any()
         if world_size > 1:
