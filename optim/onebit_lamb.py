@@ -1,0 +1,328 @@
+"""1-bit LAMB: LAMB until the variance is stable, then compressed momentum with each layer's mean rate of warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from onebit.comm import CompressedWork
+from onebit.compress import InputError, SignCodec
+from onebit.optim import lamb
+from onebit.optim.base import CompressedOptimizer
+from onebit.optim.dense import MeanGradients
+from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.freeze import PROGRESS, is_frozen, measure, observe, warn_if_too_late
+from onebit.optim.known import known_indices
+from onebit.optim.master import fp32_values, write_back
+from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
+from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step
+
+
+class OnebitLamb(CompressedOptimizer):
+    """LAMB whose ranks exchange about one bit per parameter after a warm-up.
+
+    Steps 1 to `freeze_step` are LAMB on the mean gradient, which is averaged in fp32: with u = m̂/(√v̂ + ε) + λ·x, each
+    parameter tensor moves by  x -= lr·c·u,  c = ‖x‖/‖u‖ within [min_coeff, max_coeff], or 1 if a norm is 0. Then the
+    variance is frozen, the momentum is averaged by `CompressedAllreduce`, and  x -= lr·c̄·r·u  with the running mean c̄
+    of c and a factor r. It follows the variance v′ that the averaged momentum stands for: r = max((√v̂ + ε)/(√v̂′ + ε))
+    over the tensor, damped by the share of weight decay in u, within [factor_min, factor_max], and at most
+    factor_threshold of itself away from its last value.
+    Algorithms: You et al. 2020, arXiv 1904.00962; Li et al. 2021, arXiv 2104.06069. Do not average gradients yourself
+    and do not wrap the model in DDP.
+
+    The published algorithm also brings all tensors' momenta to one size before they are compressed. Here no two tensors
+    share a scale, so that would change nothing and is left out. c̄ is corrected for its start at 0.
+
+    An entry whose variance is 0 at the freeze is dead: its momentum and error feedback stay 0, and r does not see it. A
+    parameter that had no gradient on any rank during warm-up is left alone for good. After the freeze a gradient that
+    is None counts as zero. With one rank nothing is compressed.
+
+    Args:
+        params: as for any torch optimizer; fp32, bf16 or fp16, with the same start on every rank. Moments are fp32.
+        lr, betas, weight_decay, maximize: as in `torch.optim.AdamW`; lr is relative to the norm of a tensor.
+        eps: more than 0, for 0/0 of a single entry would spoil the norm of its whole tensor.
+        freeze_step: number of warm-up steps, at least 1; 15 to 25 % of training, past the learning rate's own warm-up.
+            ``"auto"``: until the variance is stable; see `onebit.optim.freeze.observe`. More than there are steps:
+            plain LAMB, as with ``compress=False`` in a group.
+        total_steps: length of the training, if known: a warning comes when it would end before the freeze.
+        max_coeff, min_coeff: bounds of c; published for BERT: 0.3 and 0.01.
+        coeff_beta: how much of c̄ stays from step to step.
+        factor_max, factor_min, factor_threshold: bounds of r, and of its change in one step.
+        bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵗ out.
+        master_weights: keep an fp32 copy of parameters in half precision, so that small updates add up.
+        bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
+        backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
+        codec: what goes on the wire after warm-up.
+
+    Raises:
+        InputError: an option is out of range or a parameter has an unsupported dtype.
+        BackendError: the backend is unknown or cannot be used.
+    """
+
+    _progress: ClassVar[Mapping[str, Any]] = {"step": 0, **PROGRESS}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        *,
+        freeze_step: int | str,
+        total_steps: int | None = None,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+        coeff_beta: float = 0.9,
+        factor_max: float = 4.0,
+        factor_min: float = 0.5,
+        factor_threshold: float = 0.1,
+        bias_correction: bool = True,
+        maximize: bool = False,
+        master_weights: bool = False,
+        bucket_mb: float | None = None,
+        backend: object = None,
+        codec: SignCodec | None = None,
+        **unsupported: NoReturn,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "freeze_step": freeze_step,
+            "total_steps": total_steps,
+            "max_coeff": max_coeff,
+            "min_coeff": min_coeff,
+            "coeff_beta": coeff_beta,
+            "factor_max": factor_max,
+            "factor_min": factor_min,
+            "factor_threshold": factor_threshold,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+        }
+        self._layers: dict[int, lamb.Layers] = {}
+        super().__init__(
+            params,
+            defaults,
+            master_weights=master_weights,
+            unsupported=unsupported,
+            bucket_mb=bucket_mb,
+            backend=backend,
+            codec=codec,
+        )
+
+    def phase(self, group: int = 0) -> str:
+        """``"warmup"``, ``"compressed"`` or, with ``compress=False``, ``"dense"``: how a group's next step is made."""
+        chosen = self.param_groups[group]
+        if not chosen["compress"]:
+            return "dense"
+        return "compressed" if is_frozen(chosen, chosen["step"]) else "warmup"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        warn_if_too_late("OnebitLamb", self.param_groups[-1])
+
+    def lamb_coefficients(self, group: int = 0) -> dict[str, Tensor]:
+        """What the last step of a group multiplied each of its k parameter tensors' updates by, beside lr.
+
+        Returns:
+            ``"coeff"``: c or, after warm-up, c̄; ``"factor"``: r, which is 1 in warm-up. Both are copies, (k,) fp32 on
+            the parameters' device, in the order of the group, and 1 for a parameter that was not updated yet.
+        """
+        layers = self._layers_of(self.param_groups[group])
+        return {"coeff": layers.coeff.clone(), "factor": layers.factor.clone()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._layers.clear()
+        for state in self.state.values():
+            if "step" in state:  # where Adam made it, every step updated the variance
+                state.setdefault("variance_step", state["step"].clone())
+
+    def _layers_of(self, group: Mapping[str, Any]) -> lamb.Layers:
+        """The per-tensor numbers of a group."""
+        index = next(i for i, one in enumerate(self.param_groups) if one is group)
+        if index not in self._layers:
+            params = group["params"]
+            states = [self.state.get(p, {}) for p in params]
+            self._layers[index] = lamb.Layers(states, params[0].device if params else torch.device("cpu"))
+        return self._layers[index]
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        check_adam_options("OnebitLamb", group)
+        check_flags("OnebitLamb", group, "bias_correction", "maximize")
+        check_freeze_step("OnebitLamb", group["freeze_step"])
+        check_count("OnebitLamb", "total_steps", group["total_steps"], "the length of the training")
+        _check_lamb_options(group)
+
+    def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
+        if is_frozen(group, group["step"]):
+            return _Compressed(self, group, reducers)
+        return _Dense(self, group, reducers)
+
+
+class _Dense:
+    """LAMB's own step on gradients averaged in fp32."""
+
+    def __init__(self, optimizer: OnebitLamb, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._optimizer = optimizer
+        self._rank = reducers.backend.rank
+        self._group = group
+        params = group["params"]
+        states = [optimizer.state.get(p, {}) for p in params]
+        variance = measure(group, states, params[0].device) if params else None
+        self._mean = MeanGradients(params, optimizer._gradients(group), reducers, note=variance)
+
+    def all_finite(self) -> Tensor:
+        return self._mean.all_finite()
+
+    def undo(self) -> None:
+        """Nothing was changed."""
+
+    def commit(self) -> None:
+        self._update([i for i, present in enumerate(self._mean.present) if present])
+        if self._mean.note is not None:
+            observe(self._group, self._mean.note, self._rank)
+
+    def _update(self, indices: list[int]) -> None:
+        if not indices:
+            return
+        group = self._group
+        params = [group["params"][i] for i in indices]
+        layers = self._optimizer._layers_of(group)
+        states = [adam_state(self._optimizer.state, p) for p in params]
+        for i, state in zip(indices, states, strict=True):
+            layers.attach(i, state)
+        values = fp32_values(params, states, group)
+        momenta, variances = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        _update_moments(momenta, variances, [self._mean.means[i] for i in indices], group)
+        torch._foreach_add_([s["step"] for s in states], 1.0)
+        torch._foreach_copy_([s["variance_step"] for s in states], [s["step"] for s in states])
+
+        rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
+        updates = list(torch._foreach_div(momenta, lamb.spreads(variances, roots, group["eps"])))
+        torch._foreach_mul_(updates, list(rates))
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, values, alpha=group["weight_decay"])
+        coeff = lamb.trust(lamb.norms(values), lamb.norms(updates), group)
+        layers.learn(layers.rows(indices), coeff, group["coeff_beta"])
+        lamb.move(values, updates, coeff * group["lr"])
+        write_back(params, values)
+
+
+class _Compressed:
+    """Momentum averaged in one bit per entry over a frozen variance, at each tensor's mean rate of warm-up."""
+
+    def __init__(self, optimizer: OnebitLamb, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._group = group
+        self._layers = optimizer._layers_of(group)
+        gradients = optimizer._gradients(group)
+        self._indices = known_indices(group["params"], gradients, optimizer.state, reducers)
+        self._params = [group["params"][i] for i in self._indices]
+        self._states = [optimizer.state[p] for p in self._params]
+        _refuse_without_coefficients(self._states, group)
+        momenta = [s["exp_avg"] for s in self._states]
+        reduce = reducers.compressed(momenta, self._dead)
+        decoupled = {**group, "adamw_mode": True}
+        self._work: CompressedWork = reduce.start(
+            local_momenta(momenta, [gradients[i] for i in self._indices], [], decoupled)
+        )
+        self._work.finish()
+
+    def all_finite(self) -> Tensor:
+        return self._work.all_finite()
+
+    def undo(self) -> None:
+        self._work.undo()
+
+    def commit(self) -> None:
+        if not self._params:
+            return
+        group, states, layers = self._group, self._states, self._layers
+        for state in states:
+            if "exp_avg_sq_fresh" not in state:
+                state["exp_avg_sq_fresh"] = state["exp_avg_sq"].clone()
+        momenta, fresh = [s["exp_avg"] for s in states], [s["exp_avg_sq_fresh"] for s in states]
+        updates = [torch.empty_like(m) for m in momenta]
+        self._work.decode(updates)
+        lamb.reconstruct(momenta, updates, fresh, group)
+        torch._foreach_add_([s["step"] for s in states], 1.0)
+
+        values = fp32_values(self._params, states, group)
+        rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
+        spread = lamb.spreads([s["exp_avg_sq"] for s in states], roots, group["eps"])
+        torch._foreach_div_(updates, spread)
+        torch._foreach_mul_(updates, list(rates))
+        ratio = self._largest_ratio(spread)
+        if group["weight_decay"]:
+            plain = lamb.norms(updates)
+            torch._foreach_add_(updates, values, alpha=group["weight_decay"])
+            ratio = lamb.damped(ratio, plain, lamb.norms(updates))
+        rows = layers.rows(self._indices)
+        layers.freeze(rows)
+        layers.factor[rows] = lamb.limited(ratio, layers.factor[rows], group)
+        lamb.move(values, updates, layers.coeff[rows] * layers.factor[rows] * group["lr"])
+        write_back(self._params, values)
+
+    def _largest_ratio(self, spread: list[Tensor]) -> Tensor:
+        """(k,) fp32: the largest (√v̂ + ε)/(√v̂′ + ε) of the live entries of each tensor, 1 where none is alive.
+
+        Args:
+            spread: √v̂ + ε, overwritten.
+        """
+        now = [{**s, "variance_step": s["step"]} for s in self._states]
+        roots = [corrections(s, self._group)[1] for s in now]
+        torch._foreach_div_(spread, lamb.spreads([s["exp_avg_sq_fresh"] for s in now], roots, self._group["eps"]))
+        if self._layers.dead is not None:
+            for ratios, mask in zip(spread, self._layers.dead, strict=True):
+                ratios.masked_fill_(mask, 0.0)
+        largest = lamb.largest(spread)
+        return torch.where(largest > 0, largest, 1.0)
+
+    def _dead(self) -> list[Tensor] | None:
+        """What takes no part, for the average and for the factors."""
+        masks = dead_masks([s["exp_avg_sq"] for s in self._states])
+        self._layers.dead = masks
+        return masks
+
+
+def _update_moments(
+    momenta: list[Tensor], variances: list[Tensor], gradients: list[Tensor], group: Mapping[str, Any]
+) -> None:
+    """m <- β₁·m ± (1-β₁)·g and v <- β₂·v + (1-β₂)·g², in place."""
+    beta1, beta2 = group["betas"]
+    torch._foreach_mul_(momenta, beta1)
+    torch._foreach_add_(momenta, gradients, alpha=(beta1 - 1) if group["maximize"] else (1 - beta1))
+    torch._foreach_mul_(variances, beta2)
+    torch._foreach_addcmul_(variances, gradients, gradients, 1 - beta2)
+
+
+def _refuse_without_coefficients(states: list[Any], group: Mapping[str, Any]) -> None:
+    """Raise InputError for a state that another optimizer made and that starts past the freeze."""
+    if any("coeff" not in state for state in states):
+        raise InputError(
+            f"OnebitLamb: step {group['step'] + 1} comes after freeze_step={group['freeze_step']!r}, but the loaded "
+            "state has no coefficients, for OnebitLamb did not make its warm-up; set the group's freeze_step to a "
+            "later step"
+        )
+
+
+def _check_lamb_options(group: Mapping[str, Any]) -> None:
+    """Raise InputError if an option that Adam does not have is out of range, or eps is 0."""
+    numbers = ("eps", "max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min", "factor_threshold")
+    for name in numbers:
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise InputError(f"OnebitLamb: {name} must be a number of at least 0, got {value!r}")
+    if group["eps"] == 0:
+        raise InputError("OnebitLamb: eps must be more than 0, or one entry's 0/0 spoils the norm of its tensor")
+    for name in ("coeff_beta", "factor_threshold"):
+        if group[name] >= 1:
+            raise InputError(f"OnebitLamb: {name} must be less than 1, got {group[name]!r}")
+    for low, high in (("min_coeff", "max_coeff"), ("factor_min", "factor_max")):
+        if group[low] > group[high]:
+            raise InputError(f"OnebitLamb: {low}={group[low]!r} must be at most {high}={group[high]!r}")
