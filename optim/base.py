@@ -52,8 +52,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler's protocol: it sets the two below and calls step() always
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    grad_scale: Tensor | None  # without a value here: the scaler multiplies what it finds
+    found_inf: Tensor | None
 
     # Options of a group that tell how far it has come, with their start; a state of torch's own Adam lacks them.
     _progress: ClassVar[Mapping[str, Any]] = {"step": 0}
@@ -231,13 +231,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """This rank's gradients of a group, as they are; or, under a GradScaler, unscaled in new fp32 tensors."""
         given: list[Tensor | None] = [p.grad for p in group["params"]]
         here = [g for g in given if g is not None]
-        if not here or (self.grad_scale is None and self.found_inf is None):
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not here or (scale is None and found_inf is None):
             return given
         factor = torch.ones((), device=here[0].device)
-        if self.grad_scale is not None:
-            factor = factor / self.grad_scale.to(factor)
-        if self.found_inf is not None:  # this rank's verdict reaches the others as a NaN does
-            factor = torch.where(self.found_inf.to(factor) > 0, torch.nan, factor)
+        if scale is not None:
+            factor = factor / scale.to(factor)
+        if found_inf is not None:  # this rank's verdict reaches the others as a NaN does
+            factor = torch.where(found_inf.to(factor) > 0, torch.nan, factor)
         unscaled = iter(torch._foreach_mul([g.float() for g in here], factor))
         return [None if g is None else next(unscaled) for g in given]
 
@@ -279,8 +280,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
         )
 
     def _tell_scaler(self, made: Tensor) -> None:
-        if self.found_inf is not None:
-            self.found_inf.copy_(~made)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            found_inf.copy_(~made)
 
     def _of_groups(self) -> list[GroupReducers]:
         """The averages of every group, in order."""
