@@ -11,19 +11,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onebit.benchmarks import console, record, view
-from onebit.benchmarks.row import Row, Spread
+from onebit.benchmarks import record
+from onebit.benchmarks.gpu_timing import CODEC, against, differing, make_row, report, timed
+from onebit.benchmarks.row import Row
 from onebit.comm import CompressedAllreduce, run_threads
-from onebit.compress import SignCodec
 
-CODEC = SignCodec()
 MI = 1 << 20
-LAUNCHES = 8  # per measured interval, so that the time to launch the first is hidden behind the others
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,13 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for size in sizes for row in averages(size, device, options.iters)]
     wrong = sum(row.wrong or 0 for row in rows)
     if int(os.environ.get("RANK", "0")) == 0:
-        result = record.make("cuda-kernels" if ranks == 1 else f"nccl-{ranks}", _run(ranks, options.iters), [])
-        result["kind"] = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
-        result["machine"]["device"] = torch.cuda.get_device_name()
-        result["rows"] = [record.row_fields(row) for row in rows]
-        record.save(result, options.output)
-        cells = view.terminal(result)
-        console.show_table(view.title(result), view.columns(cells), cells)
+        report("cuda-kernels" if ranks == 1 else f"nccl-{ranks}", ranks, options.iters, rows, options.output)
     sys.stdout.flush()
     os._exit(min(wrong, 1))  # NCCL's own clean-up waits for captured graphs
 
@@ -70,7 +61,7 @@ def _kernels_of(x_cpu: Tensor, device: torch.device, rounds: int) -> list[Row]:
     x, y = x_cpu.to(device), torch.empty_like(x_cpu, device=device)
     copied = 2 * numel * dtype.itemsize
     packed = CODEC.plan([numel])[0].payload_bytes
-    rows = [_row("copy", dtype, numel, copied, _times(lambda: y.copy_(x), rounds), int((x != y).sum()))]
+    rows = [make_row("copy", dtype, numel, copied, timed(lambda: y.copy_(x), rounds), int((x != y).sum()))]
 
     residual, residual_cpu = torch.zeros(numel, device=device), torch.zeros(numel)
     (layout,) = CODEC.plan([numel])
@@ -79,21 +70,21 @@ def _kernels_of(x_cpu: Tensor, device: torch.device, rounds: int) -> list[Row]:
     for _ in range(2):  # the second time the residual is not zero
         CODEC.encode(x, residual, layout=layout, out=payload)
         payload_cpu = CODEC.encode(x_cpu, residual_cpu)
-        wrong += _differing(payload, payload_cpu) + _differing(residual, residual_cpu)
-    times = _times(lambda: CODEC.encode(x, residual, layout=layout, out=payload), rounds)
-    rows.append(_row("encode", dtype, numel, numel * (dtype.itemsize + 8) + packed, times, wrong))
+        wrong += differing(payload, payload_cpu) + differing(residual, residual_cpu)
+    times = timed(lambda: CODEC.encode(x, residual, layout=layout, out=payload), rounds)
+    rows.append(make_row("encode", dtype, numel, numel * (dtype.itemsize + 8) + packed, times, wrong))
 
     CODEC.decode(payload, y, layout=layout)
     expected = torch.empty_like(x_cpu)
     CODEC.decode(payload.cpu(), expected)
-    wrong = _differing(y, expected)
-    times = _times(lambda: CODEC.decode(payload, y, layout=layout), rounds)
-    rows.append(_row("decode", dtype, numel, numel * dtype.itemsize + packed, times, wrong))
+    wrong = differing(y, expected)
+    times = timed(lambda: CODEC.decode(payload, y, layout=layout), rounds)
+    rows.append(make_row("decode", dtype, numel, numel * dtype.itemsize + packed, times, wrong))
     if dtype == torch.float32:
         rows += [_reduce_encode(numel // n, n, device, rounds) for n in (2, 4, 8)]
     yardstick = rows[0]
     for row in rows:
-        row.ratios.update(_against("copy", row, yardstick))
+        row.ratios.update(against("copy", row, yardstick))
     return rows
 
 
@@ -109,10 +100,10 @@ def _reduce_encode(numel: int, ranks: int, device: torch.device, rounds: int) ->
         CODEC.reduce_encode(payloads, residual, layout=layout, out=out)
 
     run()
-    wrong = _differing(out, CODEC.reduce_encode(payloads_cpu, residual_cpu, numel=numel))
-    wrong += _differing(residual, residual_cpu)
+    wrong = differing(out, CODEC.reduce_encode(payloads_cpu, residual_cpu, numel=numel))
+    wrong += differing(residual, residual_cpu)
     moved = 8 * numel + (ranks + 1) * layout.payload_bytes
-    return _row(f"reduce_encode of {ranks}", torch.float32, numel, moved, _times(run, rounds), wrong)
+    return make_row(f"reduce_encode of {ranks}", torch.float32, numel, moved, timed(run, rounds), wrong)
 
 
 def averages(numel: int, device: torch.device, rounds: int) -> list[Row]:
@@ -121,7 +112,7 @@ def averages(numel: int, device: torch.device, rounds: int) -> list[Row]:
     for row in rows:
         for other in rows:
             if other.case.startswith("nccl") and row.case == other.case.replace("nccl", "compressed"):
-                row.ratios.update(_against(f"NCCL {other.dtype}", row, other, by_time=True))
+                row.ratios.update(against(f"NCCL {other.dtype}", row, other, by_time=True))
     return rows
 
 
@@ -140,14 +131,14 @@ def _averages_of(numel: int, dtype: torch.dtype, device: torch.device, rounds: i
         average(x)
 
     cases = [
-        ("nccl", _times(plain, rounds, 1), None, formula),
-        ("compressed", _times(compressed, rounds, 1), wrong, counted),
+        ("nccl", timed(plain, rounds, 1), None, formula),
+        ("compressed", timed(compressed, rounds, 1), wrong, counted),
     ]
     if numel <= 8 * MI:
         cases.append(("nccl, graph", _replayed(plain, rounds), None, formula))
         cases.append(("compressed, graph", _replayed(compressed, rounds), None, counted))
     nbytes = numel * dtype.itemsize
-    return [_row(name, dtype, numel, nbytes, times, bad, wire) for name, times, bad, wire in cases]
+    return [make_row(name, dtype, numel, nbytes, times, bad, wire) for name, times, bad, wire in cases]
 
 
 def _wrong_average(average: CompressedAllreduce, numel: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -167,7 +158,7 @@ def _wrong_average(average: CompressedAllreduce, numel: int, dtype: torch.dtype,
     average.residual.reset()
     expected = run_threads(ranks, on_cpu, timeout=300.0)[rank]
     assert expected is not None
-    wrong = torch.tensor(_differing(mine, expected), device=device)
+    wrong = torch.tensor(differing(mine, expected), device=device)
     dist.all_reduce(wrong)
     return int(wrong)
 
@@ -176,83 +167,13 @@ def _input(numel: int, rank: int) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(rank))
 
 
-def _differing(a: Tensor, b: Tensor) -> int:
-    """Elements whose bits differ."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
-    return int((a.cpu().view(words) != b.view(words)).sum())
-
-
 def _replayed(run: Callable[[], object], rounds: int) -> list[float]:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return _times(graph.replay, rounds, 1)
-
-
-def _times(run: Callable[[], object], rounds: int, launches: int = LAUNCHES) -> list[float]:
-    """Seconds of one run per round, the slowest rank's; ranks start each round together."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(rounds):
-        if dist.is_initialized():
-            dist.barrier()
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        for _ in range(launches):
-            run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / launches)
-    if dist.is_initialized():
-        slowest = torch.tensor(times, device="cuda")
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        times = slowest.tolist()
-    return times
-
-
-def _row(
-    case: str, dtype: torch.dtype, numel: int, nbytes: int, times: list[float], wrong: int | None, wire: int = 0
-) -> Row:
-    median = float(np.median(times))
-    return Row(
-        case=case,
-        dtype=str(dtype).removeprefix("torch."),
-        numel=numel,
-        nbytes=nbytes,
-        seconds=tuple(times),
-        algbw=nbytes / median / 1e9,
-        wire_bytes=None if case.startswith("nccl") else wire or None,  # nobody counts what NCCL sends
-        wire_formula=wire,
-        wire_busbw=wire / median / 1e9,
-        link_bytes=None,
-        stages={},
-        ratios={},
-        wrong=wrong,
-    )
-
-
-def _against(role: str, row: Row, yardstick: Row, by_time: bool = False) -> dict[str, Spread]:
-    """Bandwidth of `row` over that of `yardstick`; by_time: how many times as fast, whatever the bytes."""
-    if row is yardstick:
-        return {}
-    scale = 1.0 if by_time else row.nbytes / yardstick.nbytes
-    pairs = scale * np.array(yardstick.seconds) / np.array(row.seconds)
-    low, median, high = np.quantile(pairs, [0.25, 0.5, 0.75])
-    return {role: Spread(median=float(median), low=float(low), high=float(high))}
-
-
-def _run(ranks: int, rounds: int) -> dict[str, object]:
-    return {
-        "ranks": ranks,
-        "backend": "nccl" if ranks > 1 else "single",
-        "link": "the GPUs' own links",
-        "kernels": CODEC.kernels_on("cuda"),
-        "iterations": rounds,
-    }
+    return timed(graph.replay, rounds, 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Times of CUDA work by events, the rows made of them, and the document and table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from onebit.benchmarks import console, record, view
+from onebit.benchmarks.row import Row, Spread
+from onebit.compress import SignCodec
+
+CODEC = SignCodec()
+LAUNCHES = 8  # per measured interval, so that the time to launch the first is hidden behind the others
+
+
+def differing(a: Tensor, b: Tensor) -> int:
+    """Elements whose bits differ."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return int((a.view(words) != b.to(a.device).view(words)).sum())
+
+
+def timed(run: Callable[[], object], rounds: int, launches: int = LAUNCHES) -> list[float]:
+    """Seconds of one run per round, the slowest rank's; ranks start each round together."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(rounds):
+        if dist.is_initialized():
+            dist.barrier()
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(launches):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / launches)
+    if dist.is_initialized():
+        slowest = torch.tensor(times, device="cuda")
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        times = slowest.tolist()
+    return times
+
+
+def make_row(
+    case: str, dtype: torch.dtype, numel: int, nbytes: int, times: list[float], wrong: int | None, wire: int = 0
+) -> Row:
+    """The row of a case that moves `nbytes` in memory or, for an average, has as many; `times` in seconds."""
+    median = float(np.median(times))
+    return Row(
+        case=case,
+        dtype=str(dtype).removeprefix("torch."),
+        numel=numel,
+        nbytes=nbytes,
+        seconds=tuple(times),
+        algbw=nbytes / median / 1e9,
+        wire_bytes=None if case.startswith("nccl") else wire or None,  # nobody counts what NCCL sends
+        wire_formula=wire,
+        wire_busbw=wire / median / 1e9,
+        link_bytes=None,
+        stages={},
+        ratios={},
+        wrong=wrong,
+    )
+
+
+def against(role: str, row: Row, yardstick: Row, by_time: bool = False) -> dict[str, Spread]:
+    """Bandwidth of `row` over that of `yardstick`; by_time: how many times as fast, whatever the bytes."""
+    if row is yardstick:
+        return {}
+    scale = 1.0 if by_time else row.nbytes / yardstick.nbytes
+    pairs = scale * np.array(yardstick.seconds) / np.array(row.seconds)
+    low, median, high = np.quantile(pairs, [0.25, 0.5, 0.75])
+    return {role: Spread(median=float(median), low=float(low), high=float(high))}
+
+
+def report(name: str, ranks: int, rounds: int, rows: Sequence[Row], folder: Path, **figures: object) -> None:
+    """Save the document of a run and print its table; `figures` stand beside what describes the run."""
+    result = record.make(name, {**_run(ranks, rounds), **figures}, [])
+    result["kind"] = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
+    result["machine"]["device"] = torch.cuda.get_device_name()
+    result["rows"] = [record.row_fields(row) for row in rows]
+    record.save(result, folder)
+    cells = view.terminal(result)
+    console.show_table(view.title(result), view.columns(cells), cells)
+
+
+def _run(ranks: int, rounds: int) -> dict[str, object]:
+    return {
+        "ranks": ranks,
+        "backend": "nccl" if ranks > 1 else "single",
+        "link": "the GPUs' own links",
+        "kernels": CODEC.kernels_on("cuda"),
+        "iterations": rounds,
+    }
