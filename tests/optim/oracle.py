@@ -6,6 +6,13 @@ arXiv 2102.02888), with T = freeze_step:
     m_i = β₁·m + (1 - β₁)·g_i       m = C(mean of m_i)       x <- x - lr·λ·x - lr·m/(1 - β₁ᵗ) / (√(v_T/(1 - β₂ᵀ)) + ε)
 
 An entry with v_T = 0 is dead: it takes no part in C and is not moved by m. What had no gradient in warm-up never moves.
+
+With ``freeze_step="auto"``, T is the first step t of which all of this is true, where Δ = 1/(1 - β₂) is rounded to a
+multiple of what lies between measurements, w(t) = ‖v_t/(1 - β₂ᵗ)‖₁ and the measurement is of the step before:
+
+    t - 1 is a multiple of max(Δ // 16, 1)     0.96 <= w(t-1)/w(t-1-Δ) <= 1/0.96     lr did not rise in t-Δ .. t
+
+With ``variance_refresh=k`` steps T+k, T+2k, ... take the mean gradient for m and v <- β₂ᵏ·v + (1 - β₂ᵏ)·g².
 """
 
 from __future__ import annotations
@@ -28,7 +35,9 @@ class Options:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
-    freeze_step: int = 10
+    freeze_step: int | str = 10
+    variance_refresh: int = 0
+    compress: bool = True
     adamw_mode: bool = True
     bias_correction: bool = True
     maximize: bool = False
@@ -41,6 +50,8 @@ class OnebitAdam:
         x, m, v: parameters, momentum and variance, the same on every rank.
         steps: how many updates each parameter has had.
         mean: the compressed average with its error feedback, once there is one.
+        frozen_at: the last step of warm-up, once known.
+        ratios: step and w(t-1)/w(t-1-Δ) of every measurement that had one to be compared with.
     """
 
     def __init__(
@@ -52,8 +63,12 @@ class OnebitAdam:
         self.steps = [0] * len(self.x)
         self.options = options
         self.mean: CompressedMean | None = None
+        self.frozen_at = options.freeze_step if isinstance(options.freeze_step, int) else None
+        self.ratios: list[tuple[int, float]] = []
         self._step = 0
-        self._frozen_at: list[int] = []
+        self._age = [0] * len(self.x)  # how many steps each variance stands for
+        self._norms = {0: 0.0}
+        self._rates = [0.0]
         self._codec = (block_size, scale)
         self._world_size = world_size
 
@@ -61,10 +76,32 @@ class OnebitAdam:
         """One step with every rank's own gradients."""
         self._step += 1
         lr = self.options.lr if lr is None else lr
-        if self._step <= self.options.freeze_step:
+        self._rates.append(lr)
+        after = self._step - self.frozen_at if self.frozen_at is not None and self.options.compress else 0
+        if after <= 0:
             self._warm_up(ranks, lr)
+            self._norms[self._step] = self._norm()
+            if self.options.freeze_step == "auto" and self.options.compress and self._stable():
+                self.frozen_at = self._step
+        elif self.options.variance_refresh and after % self.options.variance_refresh == 0:
+            self._refresh(ranks, lr)
         else:
             self._compressed(ranks, lr)
+
+    def _norm(self) -> float:
+        beta2 = self.options.betas[1]
+        return sum(float(np.abs(v).sum()) / (1 - beta2**age) for v, age in zip(self.v, self._age, strict=True) if age)
+
+    def _stable(self) -> bool:
+        delta = round(1 / (1 - self.options.betas[1]))
+        every = max(delta // 16, 1)
+        delta = delta // every * every
+        now, then = self._step - 1, self._step - 1 - delta
+        if now % every or then <= 0:
+            return False
+        self.ratios.append((self._step, self._norms[now] / self._norms[then]))
+        rose = max((t for t in range(1, self._step + 1) if self._rates[t] > self._rates[t - 1]), default=0)
+        return 0.96 <= self.ratios[-1][1] <= 1 / 0.96 and rose <= then
 
     def _warm_up(self, ranks: Sequence[Gradients], lr: float) -> None:
         o = self.options
@@ -76,13 +113,13 @@ class OnebitAdam:
                 self.m[i] = o.betas[0] * self.m[i] + (1 - o.betas[0]) * g
                 self.v[i] = o.betas[1] * self.v[i] + (1 - o.betas[1]) * g * g
                 self.steps[i] += 1
-                self._move(i, lr, self.steps[i])
+                self._age[i] += 1
+                self._move(i, lr)
 
     def _compressed(self, ranks: Sequence[Gradients], lr: float) -> None:
         o = self.options
         used = [i for i in range(len(self.x)) if self.steps[i]]
         if self.mean is None:
-            self._frozen_at = list(self.steps)
             dead = [self.v[i] == 0 for i in used]
             self.mean = CompressedMean(self._world_size, [self.x[i].size for i in used], *self._codec, masks=dead)
         local = [
@@ -92,17 +129,33 @@ class OnebitAdam:
         for i, mean in zip(used, self.mean(local), strict=True):
             self.m[i] = mean.reshape(self.x[i].shape)
             self.steps[i] += 1
-            self._move(i, lr, self._frozen_at[i])
+            self._move(i, lr)
+
+    def _refresh(self, ranks: Sequence[Gradients], lr: float) -> None:
+        o = self.options
+        used = [i for i in range(len(self.x)) if self.steps[i]]
+        kept = o.betas[1] ** o.variance_refresh
+        for i in used:
+            given = [g[i] for g in ranks if g[i] is not None]
+            g = self._wanted(np.sum(np.stack(given), axis=0) / len(ranks) if given else 0.0, i)
+            self.m[i] = o.betas[0] * self.m[i] + (1 - o.betas[0]) * g
+            if given:
+                self.v[i] = kept * self.v[i] + (1 - kept) * g * g
+                self._age[i] += o.variance_refresh
+            self.steps[i] += 1
+            self._move(i, lr)
+        if self.mean is not None:
+            self.mean.masks = [self.v[i].reshape(-1) == 0 for i in used]
 
     def _wanted(self, gradient: Floats | float, i: int) -> Floats:
         """The gradient of what is to become smaller."""
         signed = -gradient if self.options.maximize else gradient
         return signed + (0.0 if self.options.adamw_mode else self.options.weight_decay) * self.x[i]
 
-    def _move(self, i: int, lr: float, variance_steps: int) -> None:
+    def _move(self, i: int, lr: float) -> None:
         o = self.options
         m, v = self.m[i], self.v[i]
         if o.bias_correction:
-            m, v = m / (1 - o.betas[0] ** self.steps[i]), v / (1 - o.betas[1] ** variance_steps)
+            m, v = m / (1 - o.betas[0] ** self.steps[i]), v / (1 - o.betas[1] ** self._age[i])
         decay = lr * o.weight_decay * self.x[i] if o.adamw_mode else 0.0
         self.x[i] = self.x[i] - decay - lr * m / (np.sqrt(v) + o.eps)
