@@ -1,0 +1,88 @@
+"""Runs every CUDA kernel on small inputs and prints their names, for `.ci/sanitize`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onebit.compress import SignCodec, pack_signs, unpack_signs
+from onebit.compress.gpu import module
+from onebit.optim import FusedAdam
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = [5000, 1, 33, 2048]
+
+
+def codec_kernels() -> None:
+    """encode, reduce_encode and decode of every kind of block; packing of signs."""
+    for block_size, dtype, masked in itertools.product((1024, 96, 2048, None), DTYPES, (False, True)):
+        codec = SignCodec(block_size=block_size)
+        (layout,) = codec.plan(SIZES, 2)
+        mask = torch.full((layout.padded_numel // 8,), 0x11, dtype=torch.uint8, device="cuda") if masked else None
+        x = [torch.randn(n, device="cuda").to(dtype) for n in SIZES]
+        payload = codec.encode(x, torch.zeros(layout.padded_numel, device="cuda"), layout=layout, mask=mask)
+        server = torch.zeros(layout.chunk_numel, device="cuda")
+        payloads = payload.view(2, -1)[:1].repeat(3, 1)
+        mean = codec.reduce_encode(payloads, server, layout=layout, chunk=0, mask=mask)
+        operators = codec.unchecked(mean.device)
+        operators.undo_reduce(payloads, server, mask, mean, layout, 0)
+        assert codec.all_finite(payload, layout)
+        codec.decode(payload, x, layout=layout, mask=mask)
+    for dtype in DTYPES:
+        unpack_signs(
+            pack_signs(torch.randn(777, device="cuda").to(dtype)), torch.empty(777, dtype=dtype, device="cuda")
+        )
+
+
+def step_kernels() -> None:
+    """The fused step's, by its tests."""
+    tests: Any = importlib.import_module("tests.gpu.test_fused_momentum")
+    tests.SIZES = [SIZES]
+    for block_size, dtypes in [(1024, dtypes) for dtypes in tests.DTYPES.values()] + [(None, DTYPES), (96, DTYPES)]:
+        tests.test_what_is_sent_and_kept_is_the_codecs_for_the_local_momentum(block_size, "mean", dtypes)
+        tests.test_parameters_move_as_by_separate_operations(block_size, "mean", dtypes)
+        tests.test_error_feedback_is_put_back_where_the_step_does_not_proceed(block_size)
+    tests.test_scalars_are_those_of_fp64_rounded_once(1e-3, True)
+
+
+def adam_kernels() -> None:
+    """FusedAdam's, for each mix of dtypes."""
+    for dtype, grad_dtype, decoupled, master in itertools.product(DTYPES, DTYPES, (True, False), (True, False)):
+        params = [torch.nn.Parameter(torch.randn(n, device="cuda").to(dtype)) for n in SIZES]
+        optimizer = FusedAdam(params, adam_w_mode=decoupled, weight_decay=0.1, master_weights=master)
+        if hasattr(params[0], "grad_dtype"):
+            for p in params:
+                p.grad_dtype = grad_dtype
+        elif dtype != grad_dtype:
+            continue
+        for p in params:
+            p.grad = torch.randn(p.numel(), device="cuda").to(grad_dtype)
+        optimizer.step()
+
+
+def main() -> None:
+    """Run all and say which kernels were launched."""
+    names: set[str] = set()
+    function = module._function
+
+    @functools.wraps(function)
+    def noted(file: str | Path, kernel: str, device: int) -> Any:
+        names.add(f"{Path(file).name}: {kernel}")
+        return function(file, kernel, device)
+
+    module._function = noted  # type: ignore[assignment]
+    for run in (codec_kernels, step_kernels, adam_kernels):
+        run()
+        torch.cuda.synchronize()
+    sys.stdout.write("\n".join([*sorted(names), f"{len(names)} kernels were run", ""]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The kernels of 1-bit Adam's fused step on one GPU, against copy and against torch's fused AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onebit.benchmarks.gpu_timing import CODEC, against, differing, make_row, timed
+from onebit.benchmarks.row import Row
+from onebit.comm import Part
+from onebit.optim.kernels import StepKernels
+from onebit.optim.kernels import step_kernels as kernels_for
+
+BETA1, ALPHA, EPS = 0.9, 0.1, 1e-8
+
+
+@dataclass
+class _Step:
+    """One tensor's step with no rank to talk to: what is sent is what is received.
+
+    Attributes:
+        momentum: the average before, as a payload.
+    """
+
+    kernels: StepKernels
+    part: Part
+    grad: Tensor
+    param: Tensor
+    master: Tensor | None
+    variance: Tensor
+    momentum: Tensor
+    steps: Tensor
+    scalars: Tensor
+
+    def encode(self) -> None:
+        self.kernels.encode_momentum(
+            self.part, [self.grad], self.momentum, [self.param], beta1=BETA1, alpha=ALPHA, l2=0.0
+        )
+
+    def count(self) -> None:
+        self.kernels.adam_scalars(
+            self.steps,
+            self.steps,
+            self.scalars,
+            lr=1e-3,
+            betas=(BETA1, 0.999),
+            weight_decay=0.01,
+            bias_correction=True,
+        )
+
+    def update(self) -> None:
+        self.kernels.decode_update(
+            self.part, [self.param], [self.master], [self.variance], self.momentum, self.scalars, eps=EPS
+        )
+
+    def settle(self, finite: Tensor) -> None:
+        """What undoing costs where there is nothing to undo."""
+        self.kernels.undo_encode(
+            self.part, [self.grad], self.momentum, [self.param], beta1=BETA1, alpha=ALPHA, l2=0.0, proceed=finite
+        )
+
+
+def step_kernels(numel: int, device: torch.device, rounds: int) -> list[Row]:
+    """Copy, AdamW, and the step's kernels for fp32 and bf16 parameters, these with and without fp32 masters."""
+    rows = [_copy(numel, device, rounds), _adamw(numel, device, rounds)]
+    for dtype, mastered in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        rows += _kernels_of(_step(numel, dtype, mastered, device), " master" if mastered else "", rounds)
+    for row in rows:
+        row.ratios.update(against("copy", row, rows[0]))
+    return rows
+
+
+def _step(numel: int, dtype: torch.dtype, mastered: bool, device: torch.device) -> _Step:
+    kernels = kernels_for(device, CODEC)
+    assert kernels is not None
+    torch.manual_seed(1)
+    (layout,) = CODEC.plan([numel])
+    momentum = CODEC.encode(torch.randn(numel, device=device))
+    sent = torch.zeros_like(momentum)
+    master = torch.randn(numel, device=device)
+    return _Step(
+        kernels=kernels,
+        part=Part(
+            layout=layout,
+            used=(0,),
+            residual=torch.zeros(layout.padded_numel, device=device),
+            mask=None,
+            sent=sent,
+            gathered=sent,
+            squared=False,
+        ),
+        grad=torch.randn(numel, device=device).to(dtype),
+        param=master.to(dtype, copy=True),
+        master=master if mastered else None,
+        variance=torch.rand(numel, device=device),
+        momentum=momentum,
+        steps=torch.ones(1, device=device),
+        scalars=torch.zeros(1, 3, device=device),
+    )
+
+
+def _kernels_of(step: _Step, suffix: str, rounds: int) -> list[Row]:
+    numel, dtype, packed = step.grad.numel(), step.grad.dtype, step.momentum.numel()
+    moved = numel * (dtype.itemsize + 8) + 2 * packed, numel * _updated(step) + 2 * packed
+    wrong = _wrong_encoding(step)
+    encode = make_row("encode_momentum", dtype, numel, moved[0], timed(step.encode, rounds), wrong)
+    step.count()
+    wrong = _wrong_update(step)
+    update = make_row("decode_update" + suffix, dtype, numel, moved[1], timed(step.update, rounds), wrong)
+    finite = torch.tensor(True, device=step.grad.device)
+    count = make_row("adam_scalars", dtype, 1, 24, timed(step.count, rounds), None)
+    undo = make_row("undo_encode of nothing", dtype, 1, 1, timed(lambda: step.settle(finite), rounds), None)
+
+    def all_of_them() -> None:
+        step.encode()
+        step.count()
+        step.update()
+        step.settle(finite)
+
+    whole = make_row("all of these" + suffix, dtype, numel, sum(moved), timed(all_of_them, rounds), None)
+    return [encode, update, count, undo, whole]
+
+
+def _updated(step: _Step) -> int:
+    """Bytes per element that an update reads and writes, payloads left aside."""
+    size = step.param.element_size()
+    return 4 + (2 * size if step.master is None else 8 + size)
+
+
+def _wrong_encoding(step: _Step) -> int:
+    """Bytes and residuals that differ from those of the codec for the same sum made by separate operations."""
+    old = torch.empty_like(step.variance)
+    CODEC.decode(step.momentum, old)
+    local = (old * BETA1).add_(step.grad.float() * ALPHA)
+    del old
+    residual = step.part.residual.clone()
+    expected = CODEC.encode(local, residual, layout=step.part.layout)
+    step.encode()
+    return differing(step.part.sent, expected) + differing(step.part.residual, residual)
+
+
+def _wrong_update(step: _Step) -> int:
+    """Parameters and masters that differ from those of separate operations."""
+    rate, root, keep = step.scalars[0]
+    m = torch.empty_like(step.variance)
+    CODEC.decode(step.part.gathered, m)
+    w = (step.param.float() if step.master is None else step.master) * keep
+    w.sub_(m.mul_(rate).div_(step.variance.sqrt().mul_(root).add_(EPS)))
+    step.update()
+    wrong = differing(step.param, w.to(step.param.dtype)) + differing(step.momentum, step.part.gathered)
+    return wrong + (0 if step.master is None else differing(step.master, w))
+
+
+def _copy(numel: int, device: torch.device, rounds: int) -> Row:
+    x, y = torch.randn(2, numel, device=device)
+    return make_row("copy", x.dtype, numel, 8 * numel, timed(lambda: y.copy_(x), rounds), None)
+
+
+def _adamw(numel: int, device: torch.device, rounds: int) -> Row:
+    p = torch.nn.Parameter(torch.randn(numel, device=device))
+    p.grad = torch.randn(numel, device=device)
+    optimizer = torch.optim.AdamW([p], fused=True)
+    return make_row("AdamW(fused=True)", p.dtype, numel, 28 * numel, timed(optimizer.step, rounds), None)
