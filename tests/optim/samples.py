@@ -90,9 +90,10 @@ def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def contents(optimizer: torch.optim.Optimizer, params: Sequence[Tensor] | None = None) -> list[Any]:
-    """Every parameter with its moments and step count, bit by bit."""
+    """Every parameter with its moments and step count as they would be saved, bit by bit."""
     listed = all_params(optimizer) if params is None else params
-    return [(bits(p), state_bits(dict(optimizer.state.get(p, {})))) for p in listed]
+    saved, places = optimizer.state_dict()["state"], {p: i for i, p in enumerate(all_params(optimizer))}
+    return [(bits(p), state_bits(dict(saved.get(places[p], {})))) for p in listed]
 
 
 def checksum(content: Any) -> str:
