@@ -193,6 +193,8 @@ class ZeroOneAdam(CompressedOptimizer):
         """This rank's next momenta, β₁·m + (1-β₁)·gᵢ, and their mean over the interval, in new tensors; 0 if dead."""
         params, states = self._known(group)
         known = set(params)
+        if group["step"] >= group["var_freeze_step"]:
+            self._warn_of_late(group, known, reducers)
         gradients = [g for p, g in zip(group["params"], self._gradients(group), strict=True) if p in known]
         values = [p.float() for p in params] if is_open(states) else fp32_values(params, states, group)
         momenta = local_momenta([s["exp_avg"] for s in states], gradients, values, group)
@@ -203,6 +205,16 @@ class ZeroOneAdam(CompressedOptimizer):
         if not is_open(states):
             return momenta, momenta
         return momenta, list(torch._foreach_lerp([s[MEAN] for s in states], momenta, reach.shares))
+
+    def _warn_of_late(self, group: Mapping[str, Any], known: set[Tensor], reducers: GroupReducers) -> None:
+        late = [i for i, p in enumerate(group["params"]) if p.grad is not None and p not in known]
+        if late and reducers.first_warning():
+            _log.warning(
+                "rank %d: parameters %s have had no gradient in any variance step, so they are not updated; give them "
+                "to add_param_group, where they have variance steps of their own",
+                self.backend.rank,
+                late,
+            )
 
     def _note_left_out(self) -> None:
         self._left_out_now = True

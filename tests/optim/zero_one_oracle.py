@@ -76,7 +76,7 @@ class ZeroOneAdam:
         self._next_variance = next(self._variance_at)
         self._next_sync = next(self._sync_at)
 
-    def step(self, ranks: Sequence[Gradients], lr: float | None = None) -> None:
+    def step(self, ranks: Sequence[Gradients | None], lr: float | None = None) -> None:
         """One step with every rank's own gradients; a rank that leaves out a local step gives None for itself."""
         number = len(self.kinds) + 1
         lr = self.options.lr if lr is None else lr
@@ -91,10 +91,10 @@ class ZeroOneAdam:
             self._use_variance(ranks, lr, kind)
         self.kinds.append(kind)
 
-    def _update_variance(self, ranks: Sequence[Gradients], lr: float) -> None:
+    def _update_variance(self, ranks: Sequence[Gradients | None], lr: float) -> None:
         o = self.options
         for i in range(len(self.y)):
-            given = [g[i] for g in ranks if g[i] is not None]
+            given = [g[i] for g in ranks if g is not None and g[i] is not None]
             if given:
                 g = self._wanted(np.sum(np.stack(given), axis=0) / len(ranks), self.y[i])
                 self.v[i] = o.betas[1] * self.v[i] + (1 - o.betas[1]) * g * g
@@ -107,18 +107,18 @@ class ZeroOneAdam:
             self.mean.masks = [self.v[i].reshape(-1) == 0 for i in self._used()]
             assert len(self.mean.masks) == len(self.mean.numels), "a parameter came to life after the first sync"
 
-    def _use_variance(self, ranks: Sequence[Gradients], lr: float, kind: str) -> None:
+    def _use_variance(self, ranks: Sequence[Gradients | None], lr: float, kind: str) -> None:
         o, used = self.options, self._used()
         for i in used:
             self._open(i, lr)
             dead: Bools = self.v[i] == 0
             for r in self._ranks:
-                if ranks[r] is None:
-                    continue
-                given = ranks[r][i]
-                g = self._wanted(np.zeros_like(self.y[i]) if given is None else given, self.x[r][i])
-                self.m[r][i] = np.where(dead, 0.0, o.betas[0] * self.m[r][i] + (1 - o.betas[0]) * g)
-                self.u[r][i] = self.u[r][i] + self._rate(i, lr) * self.m[r][i]
+                mine = ranks[r]
+                if mine is not None:
+                    given = mine[i]
+                    g = self._wanted(np.zeros_like(self.y[i]) if given is None else given, self.x[r][i])
+                    self.m[r][i] = np.where(dead, 0.0, o.betas[0] * self.m[r][i] + (1 - o.betas[0]) * g)
+                    self.u[r][i] = self.u[r][i] + self._rate(i, lr) * self.m[r][i]
                 self.x[r][i] = self._kept[i] * self.y[i] - self.u[r][i] / self._spread(i)
         if len(self._ranks) == 1:
             for i in used:  # to meet oneself changes nothing
