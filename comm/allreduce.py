@@ -77,6 +77,7 @@ class CompressedAllreduce:
         self._like = [Kind.of(t) for t in tensors]
         self._device = place.device
         self._numel = sum(place.numels)
+        self._operators = self.codec.unchecked(place.device)
         self._buckets = self._make_buckets(place)
         self._masks: Sequence[Tensor] | None = None
         self._staging: dict[int, Tensor] = {}
@@ -84,14 +85,18 @@ class CompressedAllreduce:
 
     def __call__(self, tensors: Tensors) -> None:
         """Replace `tensors` by their mean over ranks, in place; see `start`."""
-        self.start(tensors).wait()
+        self.start(tensors, overlap=False).wait()
 
-    def start(self, tensors: Tensors) -> CompressedWork:
+    def start(self, tensors: Tensors, *, overlap: bool = True) -> CompressedWork:
         """Encode `tensors` and start sending; the tensors must stay untouched until the work is done.
 
         Any strides are taken. A non-finite element makes the mean of its block NaN on every rank and leaves the error
         feedback of that block as it was, on the server and on the rank that has it; what the other ranks said is lost,
         unless `CompressedWork.undo` takes it back.
+
+        Args:
+            tensors: shaped as those that this was made for.
+            overlap: False where the caller waits at once: on CUDA a small average then starts sooner.
 
         Raises:
             InputError: not the tensors this was made for, or the last work is not done; nothing was changed.
@@ -101,11 +106,13 @@ class CompressedAllreduce:
         check_same(self.backend.rank, listed, self._like)
         self._check_idle()
         rows = self._rows(listed, copy=True) if self._buckets else listed
-        work = CompressedWork(self, lambda part: part.encode(self.codec, rows), self._codec_undo(rows), listed)
-        self._begin(work)
+        work = CompressedWork(self, lambda part: part.encode(self._operators, rows), self._codec_undo(rows), listed)
+        self._begin(work, overlap)
         return work
 
-    def start_with(self, encode: Callable[[Part], None], undo: Callable[[Part], None] | None = None) -> CompressedWork:
+    def start_with(
+        self, encode: Callable[[Part], None], undo: Callable[[Part], None] | None = None, *, overlap: bool = True
+    ) -> CompressedWork:
         """As `start`, but `encode` fills `sent` and updates `residual` of each part; one part's bytes travel meanwhile.
 
         With one rank there are no parts, and nothing is called.
@@ -114,6 +121,7 @@ class CompressedAllreduce:
             encode: called once per part, in order; its work is queued on torch's current stream.
             undo: puts `residual` of a part that was encoded back; called by `CompressedWork.undo`, and when the
                 transport fails. None: the caller does it where it catches the `TransportError`.
+            overlap: as for `start`.
 
         Raises:
             InputError: the last work is not done; nothing was changed.
@@ -121,7 +129,7 @@ class CompressedAllreduce:
         """
         self._check_idle()
         work = CompressedWork(self, encode, undo)
-        self._begin(work)
+        self._begin(work, overlap)
         return work
 
     @property
@@ -172,7 +180,7 @@ class CompressedAllreduce:
     def _make_buckets(self, place: Place) -> list[Bucket]:
         self.residual.bind(place)
         parts = zip(place.layouts, self.residual.worker, self.residual.server, strict=True)
-        return [Bucket(self.codec, layout, self.backend, worker, server) for layout, worker, server in parts]
+        return [Bucket(self._operators, layout, self.backend, worker, server) for layout, worker, server in parts]
 
     def _check_idle(self) -> None:
         if self._flight is not None:
@@ -180,16 +188,16 @@ class CompressedAllreduce:
                 f"rank {self.backend.rank}: start() again before the last work's wait(); its buffers are still in use"
             )
 
-    def _begin(self, work: CompressedWork) -> None:
+    def _begin(self, work: CompressedWork, overlap: bool) -> None:
         if self._buckets:
             self._flight = work
         self.stats.calls += 1
         self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
-        work._send()
+        work._send(overlap)
 
     def _codec_undo(self, rows: Sequence[Tensor]) -> Callable[[Part], None]:
         """How to undo an encoding of these row-major tensors."""
-        return lambda part: part.undo_encode(self.codec, rows)
+        return lambda part: part.undo_encode(self._operators, rows)
 
     def _rows(self, tensors: Sequence[Tensor], copy: bool) -> list[Tensor]:
         """The tensors in row-major order: themselves, or for other strides a buffer, filled if `copy`."""
@@ -275,9 +283,8 @@ class CompressedWork:
         With one rank nothing is sent, and the tensors themselves are looked at. Masked elements may be anything.
         """
         if self._buckets:
-            return torch.stack(
-                [self._owner.codec.all_finite(b.part.gathered, b.part.layout) for b in self._buckets]
-            ).all()
+            parts = self._owner.parts
+            return self._owner._operators.all_finite([p.gathered for p in parts], [p.layout for p in parts])
         if self._given is None:
             return torch.ones((), dtype=torch.bool, device=self._owner._device)
         return all_finite(self._owner._taking_part(self._given))
@@ -341,22 +348,24 @@ class CompressedWork:
             bucket.undo_reduce(keep=finite)
         self.accept()
 
-    def _send(self) -> None:
+    def _send(self, overlap: bool) -> None:
         """Phase 1 up to the transport."""
+        in_line = not overlap and len(self._buckets) == 1
         for bucket in self._buckets:
             with self._stage("encode"):
                 bucket.encode(self._encode)
             with self._stage("all_to_all"):
-                bucket.exchange()
+                bucket.exchange(in_line)
 
     def _reduce(self) -> None:
+        in_line = len(self._buckets) == 1  # what follows waits for it
         for bucket in self._buckets:
             with self._stage("all_to_all"):
                 bucket.wait_exchange()
             with self._stage("reduce_encode"):
                 bucket.reduce_encode()
             with self._stage("all_gather"):
-                bucket.gather()
+                bucket.gather(in_line)
 
     def _receive(self, bucket: Bucket) -> None:
         with self._stage("all_gather"):
@@ -364,7 +373,7 @@ class CompressedWork:
 
     def _decode(self, bucket: Bucket, rows: Sequence[Tensor]) -> None:
         with self._stage("decode"):
-            bucket.part.decode(self._owner.codec, rows)
+            bucket.part.decode(self._owner._operators, rows)
         bucket.encoded = False
 
     def _put_back(self, undo_encode: Callable[[Part], None] | None) -> None:

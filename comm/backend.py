@@ -115,12 +115,14 @@ class Backend(ABC):
         self.timeout = DEFAULT_TIMEOUT if timeout is None else float(timeout)
         self.traffic = Traffic()
 
-    def all_to_all(self, output: Tensor, input: Tensor) -> Work:
+    def all_to_all(self, output: Tensor, input: Tensor, *, in_line: bool = False) -> Work:
         """Start sending piece i of `input` to rank i; piece i of `output` comes from rank i.
 
         Args:
             output: (n·k,) any dtype, contiguous; written. Must not overlap `input`.
             input: (n·k,) of the same dtype and device, contiguous.
+            in_line: nothing else is to run until `wait`, which is called all the same. On CUDA the collective may then
+                be part of the current stream, which starts sooner than a stream beside it.
 
         Raises:
             BackendError: wrong device, layout or size.
@@ -133,14 +135,16 @@ class Backend(ABC):
                 f"got {input.numel()} and {output.numel()} elements"
             )
         sent = _nbytes(input) // self.size * (self.size - 1)
-        return self._start("all_to_all", input, sent, lambda: self._all_to_all(output, input))
+        start = self._all_to_all_in_line if in_line else self._all_to_all
+        return self._start("all_to_all", input, sent, lambda: start(output, input))
 
-    def all_gather(self, output: Tensor, input: Tensor) -> Work:
+    def all_gather(self, output: Tensor, input: Tensor, *, in_line: bool = False) -> Work:
         """Start gathering every rank's `input`, in rank order, into `output` on every rank.
 
         Args:
             output: (n·k,) any dtype, contiguous; written. Must not overlap `input`.
             input: (k,) of the same dtype and device, contiguous.
+            in_line: as for `all_to_all`.
 
         Raises:
             BackendError: wrong device, layout or size.
@@ -153,7 +157,8 @@ class Backend(ABC):
                 f"{input.numel() * self.size}, got {output.numel()}"
             )
         sent = _nbytes(input) * (self.size - 1)
-        return self._start("all_gather", input, sent, lambda: self._all_gather(output, input))
+        start = self._all_gather_in_line if in_line else self._all_gather
+        return self._start("all_gather", input, sent, lambda: start(output, input))
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Start summing `tensor` over all ranks in place; every rank gets the same bits.
@@ -189,6 +194,14 @@ class Backend(ABC):
     @abstractmethod
     def _all_gather(self, output: Tensor, input: Tensor) -> Handle | None:
         """Start it, for at least one element; None when it is complete on return."""
+
+    def _all_to_all_in_line(self, output: Tensor, input: Tensor) -> Handle | None:
+        """As `_all_to_all`, for who waits at once; a transport that can make use of that overrides it."""
+        return self._all_to_all(output, input)
+
+    def _all_gather_in_line(self, output: Tensor, input: Tensor) -> Handle | None:
+        """As `_all_gather`, for who waits at once; a transport that can make use of that overrides it."""
+        return self._all_gather(output, input)
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor) -> Handle | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onebit.comm.backend import Backend, Work
 from onebit.comm.part import Part
-from onebit.compress import SignCodec
+from onebit.compress.codec import SignOperators
 from onebit.compress.layout import Layout
 from onebit.compress.masks import pack_mask
 
@@ -19,7 +19,7 @@ class Bucket:
     """The part of a list of contiguous tensors that travels together, as one payload per rank.
 
     Args:
-        codec: encodes the mean.
+        operators: encode the mean.
         layout: its part of the list; segments count tensors of the whole list.
         backend: what carries it.
         worker: (layout.padded_numel,) fp32, updated in place.
@@ -30,8 +30,10 @@ class Bucket:
         encoded: it has been encoded, and neither consumed nor undone since.
     """
 
-    def __init__(self, codec: SignCodec, layout: Layout, backend: Backend, worker: Tensor, server: Tensor) -> None:
-        self._operators = codec.unchecked(worker.device)
+    def __init__(
+        self, operators: SignOperators, layout: Layout, backend: Backend, worker: Tensor, server: Tensor
+    ) -> None:
+        self._operators = operators
         self._backend = backend
         self._server = server
         ranks, size = backend.size, layout.payload_bytes
@@ -65,9 +67,9 @@ class Bucket:
         encode(self.part)
         self.encoded, self._reduced = True, False
 
-    def exchange(self) -> None:
-        """Start phase 1."""
-        self._exchange = self._backend.all_to_all(self._received, self.part.sent)
+    def exchange(self, in_line: bool) -> None:
+        """Start phase 1; `in_line` as for `Backend.all_to_all`."""
+        self._exchange = self._backend.all_to_all(self._received, self.part.sent, in_line=in_line)
 
     def wait_exchange(self) -> None:
         """Wait for phase 1."""
@@ -80,9 +82,9 @@ class Bucket:
         self._operators.reduce_encode(self._payloads, self._server, mask, self._mine, layout, self._backend.rank)
         self._reduced = True
 
-    def gather(self) -> None:
-        """Start phase 2."""
-        self._gather = self._backend.all_gather(self.part.gathered, self._mine)
+    def gather(self, in_line: bool) -> None:
+        """Start phase 2; `in_line` as for `Backend.all_gather`."""
+        self._gather = self._backend.all_gather(self.part.gathered, self._mine, in_line=in_line)
 
     def wait_gather(self) -> None:
         """Wait for phase 2."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import time
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from onebit.comm.backend import Backend, Handle
 from onebit.comm.errors import BackendError
+from onebit.comm.staging import Staging, settle
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +26,23 @@ SPIN = 200e-6  # seconds of polling without a pause; most collectives of small p
 PAUSE = 50e-6  # seconds between polls after that
 EXIT_GRACE = 1.0  # seconds that an unfinished collective is given when the interpreter exits
 
+_MPICH_CUDA = 0  # MPIX_GPU_SUPPORT_CUDA
+
 HALF = (torch.float16, torch.bfloat16)
 
 
 class MpiBackend(Backend):
-    """Collectives of one MPI communicator, for CPU tensors; collective to make, for it duplicates the communicator.
+    """Collectives of one MPI communicator, for CPU and CUDA tensors; collective to make, for it duplicates it.
 
     The duplicate keeps this library's messages apart from the caller's. It is made when a communicator is first used
     here, kept as an attribute of it, and freed by MPI when the communicator is.
 
     `all_reduce` of float16 and bfloat16, for which MPI has no type, sums a float32 copy and rounds once.
+
+    CUDA tensors are handed to MPI where they lie if its library says that it takes them, except in `all_reduce`, and
+    else travel through pinned host memory. Either way starting a collective waits for what is queued on the current
+    stream, for MPI knows no streams; after `wait` the result may be read by work queued on the stream that is current
+    then.
 
     MPI cannot take back a collective that a peer never joins. Its buffers are kept alive, and if such a collective is
     still open when the interpreter exits the job is aborted, for MPI_Finalize would wait for that peer for ever.
@@ -45,10 +54,14 @@ class MpiBackend(Backend):
     Raises:
         BackendError: mpi4py or the MPI library is absent, or the communicator cannot be used.
         TransportError: not every rank of the communicator made its backend within the timeout.
+
+    Attributes:
+        cuda_aware: whether CUDA tensors are handed to MPI where they lie; what `query_cuda_support` found. Set it to
+            False to have them staged all the same.
     """
 
     name = "mpi"
-    device_type = "cpu"
+    device_type = None
 
     def __init__(self, communicator: Any = None, timeout: float | None = None) -> None:
         self._mpi = load_mpi()
@@ -57,26 +70,28 @@ class MpiBackend(Backend):
         super().__init__(communicator.Get_rank(), communicator.Get_size(), timeout)
         with self.guard("duplicating the communicator"):
             self._communicator = _duplicate(self._mpi, communicator, self.timeout)
+        self._staging = Staging()
+        self.cuda_aware = query_cuda_support(self._mpi)
 
     def _all_to_all(self, output: Tensor, input: Tensor) -> Handle:
-        sent, received = _as_bytes(input), _as_bytes(output)
-        count, kind = self._piece(sent.size // self.size)
-        request = self._communicator.Ialltoall([sent, count, kind], [received, count, kind])
-        return self._in_flight([request], input, output)
+        sent, received = self._readable(input), self._writable(output)
+        count, kind = self._piece(_nbytes(sent) // self.size)
+        buffers = [self._memory(sent), count, kind], [self._memory(received), count, kind]
+        return self._moving(self._communicator.Ialltoall(*buffers), sent, received, output)
 
     def _all_gather(self, output: Tensor, input: Tensor) -> Handle:
-        sent, received = _as_bytes(input), _as_bytes(output)
-        count, kind = self._piece(sent.size)
-        request = self._communicator.Iallgather([sent, count, kind], [received, count, kind])
-        return self._in_flight([request], input, output)
+        sent, received = self._readable(input), self._writable(output)
+        count, kind = self._piece(_nbytes(sent))
+        buffers = [self._memory(sent), count, kind], [self._memory(received), count, kind]
+        return self._moving(self._communicator.Iallgather(*buffers), sent, received, output)
 
     def _all_reduce(self, tensor: Tensor) -> Handle:
         whole = tensor.detach()
-        summed = whole.float() if tensor.dtype in HALF else whole
+        summed = self._staging.filled(whole.float() if tensor.dtype in HALF else whole)
         flat = summed.numpy()
         chunks = [flat[start : start + MAX_COUNT] for start in range(0, flat.size, MAX_COUNT)]
         requests = [self._communicator.Iallreduce(self._mpi.IN_PLACE, chunk) for chunk in chunks]
-        return self._in_flight(requests, summed, finish=lambda: None if summed is whole else whole.copy_(summed))
+        return self._in_flight(requests, summed, finish=lambda: self._staging.deliver(summed, whole))
 
     def _barrier(self) -> None:
         self._in_flight([self._communicator.Ibarrier()]).wait(self.timeout)
@@ -90,6 +105,39 @@ class MpiBackend(Backend):
         piece = self._mpi.Datatype.Create_struct([blocks, rest], [0, n_bytes - rest], [block, self._mpi.BYTE]).Commit()
         block.Free()
         return 1, piece
+
+    def _readable(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy, where MPI can read what the current stream has left in it."""
+        if not self._direct(tensor):
+            return self._staging.filled(tensor)
+        settle(tensor)
+        return tensor
+
+    def _writable(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a place for its contents, where MPI can write; nothing that is queued writes there later."""
+        if not self._direct(tensor):
+            return self._staging.blank(tensor)
+        settle(tensor)
+        return tensor
+
+    def _direct(self, tensor: Tensor) -> bool:
+        return self.cuda_aware or not self._staging.needed(tensor)
+
+    def _memory(self, tensor: Tensor) -> Any:
+        """A tensor's bytes as mpi4py takes them, in host or in device memory."""
+        return self._mpi.buffer.fromaddress(tensor.data_ptr(), _nbytes(tensor))
+
+    def _moving(self, request: Any, sent: Tensor, received: Tensor, output: Tensor) -> Handle:
+        return self._in_flight([request], sent, received, finish=lambda: self._staging.deliver(received, output))
+
+    def _check(self, operation: str, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            if tensor.device.type not in ("cpu", "cuda"):
+                raise BackendError(
+                    f"rank {self.rank}: {operation} on the 'mpi' backend carries cpu and cuda tensors, got one on "
+                    f"{tensor.device}; move it"
+                )
+        super()._check(operation, *tensors)
 
     def _in_flight(
         self, requests: Sequence[Any], *buffers: Tensor, finish: Callable[[], object] | None = None
@@ -200,6 +248,23 @@ def _abort_if_open(mpi: Any) -> None:
         mpi.COMM_WORLD.Abort(1)
 
 
-def _as_bytes(tensor: Tensor) -> Any:
-    """The same memory as a NumPy array of bytes."""
-    return tensor.detach().view(torch.uint8).numpy()
+def query_cuda_support(mpi: Any) -> bool:
+    """Whether the loaded MPI library says that it takes addresses of CUDA memory; False where it cannot be asked.
+
+    Open MPI and MVAPICH answer a function without arguments, MPICH one that is told the kind of device.
+    """
+    try:
+        library = ctypes.CDLL(mpi.__file__)  # what it was linked with or has loaded is searched too
+        if hasattr(library, "MPIX_Query_cuda_support"):
+            return bool(library.MPIX_Query_cuda_support())
+        if hasattr(library, "MPIX_GPU_query_support"):
+            answer = ctypes.c_int(0)
+            status = library.MPIX_GPU_query_support(_MPICH_CUDA, ctypes.byref(answer))
+            return status == 0 and bool(answer.value)
+    except OSError as error:
+        log.debug("the MPI library could not be asked for CUDA support: %s", error)
+    return False
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

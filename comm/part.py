@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onebit.compress import SignCodec
+from onebit.compress.codec import SignOperators
 from onebit.compress.layout import Layout
 from onebit.compress.reference import unpack_bits
 
@@ -36,17 +36,15 @@ class Part:
     gathered: Tensor
     squared: bool
 
-    def encode(self, codec: SignCodec, rows: Sequence[Tensor]) -> None:
+    def encode(self, operators: SignOperators, rows: Sequence[Tensor]) -> None:
         """Fill `sent` from the whole list of tensors, row-major, and update `residual`."""
-        operators = codec.unchecked(self.residual.device)
         operators.encode(self._pick(rows), self.residual, self.mask, self.sent, self.layout)
 
-    def decode(self, codec: SignCodec, rows: Sequence[Tensor]) -> None:
+    def decode(self, operators: SignOperators, rows: Sequence[Tensor]) -> None:
         """Write the mean to this part of the whole list of tensors, row-major."""
-        operators = codec.unchecked(self.residual.device)
         operators.decode(self.gathered, self.mask, self._pick(rows), self.layout)
 
-    def undo_encode(self, codec: SignCodec, rows: Sequence[Tensor]) -> None:
+    def undo_encode(self, operators: SignOperators, rows: Sequence[Tensor]) -> None:
         """Put `residual` back to what it was before `encode` of the same list, to within rounding."""
         rows, layout = self._pick(rows), self.layout
         given = torch.zeros_like(self.residual)
@@ -54,16 +52,16 @@ class Part:
             given[layout.residual_span(s)] = rows[s.tensor].view(-1)[s.offset : s.offset + s.numel].float()
         if self.mask is not None:
             given[unpack_bits(self.mask)] = 0.0
-        said = self._said(codec)
+        said = self._said(operators)
         # A block that said NaN left its residual as it was.
         self.residual.copy_(torch.where(said.isnan(), self.residual, (self.residual + said) - given))
 
-    def _said(self, codec: SignCodec) -> Tensor:
+    def _said(self, operators: SignOperators) -> Tensor:
         """What `sent` decodes to, flat fp32 in block order; padding and masked elements are 0."""
         layout = self.layout.by_segment()
         flat = torch.zeros_like(self.residual)
         values = [flat[layout.residual_span(s)] for s in layout.segments]
-        codec.unchecked(flat.device).decode(self.sent, self.mask, values, layout)
+        operators.decode(self.sent, self.mask, values, layout)
         return flat
 
     def _pick(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -31,7 +31,8 @@ def make_backend(
             initialised; else this process alone, unless a launcher has started others.
         device: where the tensors are; it chooses between the Gloo and the NCCL half of a group that has both. None: cpu
             if the group can carry it.
-        timeout: seconds that a collective may take; None: `DEFAULT_TIMEOUT`. Not for NCCL, whose groups have their own.
+        timeout: seconds that a collective may take; None: `DEFAULT_TIMEOUT`, over NCCL what the group has. Over NCCL it
+            becomes the limit of whatever uses that group, and what exceeds it ends the process (PyTorch's watchdog).
 
     Raises:
         BackendError: unknown, not available, not initialised, or not for that device; the message has the remedy.
@@ -50,7 +51,9 @@ def make_backend(
 def _resolve(spec: object, device_type: str | None, timeout: float | None) -> Backend:
     if isinstance(spec, Backend):
         if timeout is not None and timeout != spec.timeout:
-            raise BackendError(f"this backend has a timeout of {spec.timeout} s; set its timeout attribute instead")
+            raise BackendError(
+                f"this backend has a timeout of {spec.timeout} s, not {timeout}; make one with timeout={timeout}"
+            )
         return spec
     if spec is None:
         return _find(device_type, timeout)

@@ -122,7 +122,7 @@ def _refusal(backend: Backend, subject: str, tensors: Sequence[Tensor]) -> Input
         if backend.device_type not in (None, t.device.type):
             return InputError(
                 f"{where} is on {t.device}, but the {backend.name!r} backend carries {backend.device_type} tensors; "
-                "move it, or use 'gloo' or 'mpi' for cpu tensors and 'nccl' for cuda tensors"
+                "move it, or use 'gloo' or 'mpi' for cpu tensors and 'nccl' or 'mpi' for cuda tensors"
             )
         if t.device != tensors[0].device:
             return InputError(f"{where} is on {t.device}, tensor 0 on {tensors[0].device}; average them separately")

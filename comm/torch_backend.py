@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, BarrierOptions
 
-from onebit.comm.backend import Backend, Handle
+from onebit.comm.backend import DEFAULT_TIMEOUT, Backend, Handle
 from onebit.comm.errors import BackendError
 
 NAMES = {"cpu": "gloo", "cuda": "nccl"}
@@ -32,66 +33,98 @@ class TorchBackend(Backend):
     closes the group's connections, so later collectives of this group fail immediately.
 
     NCCL: `wait` makes the current stream wait and never the host, so a step can be captured in a CUDA graph. The time
-    limit is therefore the process group's own (``timeout`` of `init_process_group` or `new_group`): PyTorch's watchdog
-    thread watches over it, logs the collective and ends the process.
+    limit is therefore the process group's own, for everything that uses the group: PyTorch's watchdog thread watches
+    over it, logs the collective and ends the process.
 
     Args:
         group: the process group; None: the default group.
         device_type: ``"cpu"`` for its Gloo half, ``"cuda"`` for its NCCL half.
-        timeout: seconds that a collective may take over Gloo; None: `DEFAULT_TIMEOUT`.
+        timeout: seconds that a collective may take. Gloo: of this backend alone; None: `DEFAULT_TIMEOUT`. NCCL: becomes
+            the group's; None: the group keeps what `init_process_group` or `new_group` gave it.
 
     Raises:
-        BackendError: torch.distributed is not initialised, this rank is no member of the group, or a timeout for NCCL.
+        BackendError: torch.distributed is not initialised, or this rank is no member of the group.
     """
 
     def __init__(
         self, group: dist.ProcessGroup | None = None, device_type: str = "cpu", timeout: float | None = None
     ) -> None:
         group = as_member(dist.group.WORLD if group is None else group)
-        if device_type == "cuda" and timeout is not None:
-            raise BackendError(
-                f"rank {group.rank()}: over NCCL the time limit is the process group's; pass timeout= to "
-                "torch.distributed.init_process_group or new_group instead"
-            )
         super().__init__(group.rank(), group.size(), timeout)
         self.name = NAMES[device_type]
         self.device_type = device_type
         self.group = group
+        self._made: dict[tuple[type, bool], Any] = {}
+        if device_type == "cuda":
+            if timeout is None:
+                self.timeout = self._group_limit()
+            else:
+                self._transport._set_default_timeout(self._limit)
 
-    def _all_to_all(self, output: Tensor, input: Tensor) -> Handle:
+    def _all_to_all(self, output: Tensor, input: Tensor) -> Handle | None:
         return self._exchange(_as_bytes(output), _as_bytes(input))
 
-    def _all_gather(self, output: Tensor, input: Tensor) -> Handle:
-        output, input = _as_bytes(output), _as_bytes(input)
-        if self.name == "gloo" and output.numel() <= SMALL_GATHER:
-            return self._exchange(output, input.repeat(self.size))
-        options = AllgatherOptions()
-        options.timeout = self._limit
-        return self._handle(self.group._allgather_base(output, input, options))
+    def _all_gather(self, output: Tensor, input: Tensor) -> Handle | None:
+        return self._gather(_as_bytes(output), _as_bytes(input))
 
-    def _all_reduce(self, tensor: Tensor) -> Handle:
-        options = AllreduceOptions()  # sums
-        options.timeout = self._limit
-        return self._handle(self.group.allreduce([tensor], options))
+    def _all_to_all_in_line(self, output: Tensor, input: Tensor) -> Handle | None:
+        return self._exchange(_as_bytes(output), _as_bytes(input), in_line=True)
+
+    def _all_gather_in_line(self, output: Tensor, input: Tensor) -> Handle | None:
+        return self._gather(_as_bytes(output), _as_bytes(input), in_line=True)
+
+    def _all_reduce(self, tensor: Tensor) -> Handle | None:
+        return self._handle(self._transport.allreduce([tensor], self._options(AllreduceOptions)))  # sums
 
     def _barrier(self) -> None:
-        options = BarrierOptions()
-        options.timeout = self._limit
+        options = self._options(BarrierOptions)
         if self.device_type == "cuda":
             options.device_ids = [torch.cuda.current_device()]
-        self._handle(self.group.barrier(options)).wait(self.timeout)
+        handle = self._handle(self._transport.barrier(options))
+        if handle is not None:
+            handle.wait(self.timeout)
 
-    def _exchange(self, output: Tensor, input: Tensor) -> Handle:
-        options = AllToAllOptions()
-        options.timeout = self._limit
-        return self._handle(self.group.alltoall_base(output, input, [], [], options))
+    def _exchange(self, output: Tensor, input: Tensor, in_line: bool = False) -> Handle | None:
+        options = self._options(AllToAllOptions, in_line)
+        return self._handle(self._transport.alltoall_base(output, input, [], [], options))
 
-    def _handle(self, work: _TorchWork) -> Handle:
+    def _gather(self, output: Tensor, input: Tensor, in_line: bool = False) -> Handle | None:
+        if self.name == "gloo" and output.numel() <= SMALL_GATHER:
+            return self._exchange(output, input.repeat(self.size))
+        options = self._options(AllgatherOptions, in_line)
+        return self._handle(self._transport._allgather_base(output, input, options))
+
+    @cached_property
+    def _transport(self) -> Any:
+        """The group's half, called without the group's dispatch between devices: that takes microseconds."""
+        return self.group._get_backend(torch.device(str(self.device_type)))
+
+    def _options(self, kind: type, in_line: bool = False) -> Any:
+        """Options of a collective, made once; `in_line`: NCCL is to use the current stream and not one of its own."""
+        options = self._made.get((kind, in_line))
+        if options is None:
+            options = self._made[kind, in_line] = kind()
+            if hasattr(options, "asyncOp"):  # since PyTorch 2.8 for all kinds; without it NCCL has its own stream
+                options.asyncOp = not in_line
+        if self.device_type == "cpu":
+            options.timeout = self._limit
+        return options
+
+    def _handle(self, work: _TorchWork | None) -> Handle | None:
+        if work is None:  # what NCCL returns in line
+            return None
         return _HostWork(work) if self.device_type == "cpu" else _StreamWork(work)
 
     @property
     def _limit(self) -> timedelta:
         return timedelta(seconds=self.timeout)
+
+    def _group_limit(self) -> float:
+        try:
+            limit: timedelta = self._transport.options._timeout
+        except (AttributeError, RuntimeError):  # with TORCH_DISTRIBUTED_DEBUG=DETAIL, for one, it does not tell
+            return DEFAULT_TIMEOUT
+        return limit.total_seconds()
 
 
 def as_member(group: object) -> dist.ProcessGroup:
@@ -129,4 +162,6 @@ class _StreamWork:
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     """The same memory as (k,) uint8: Gloo knows few dtypes, and a byte is a byte."""
+    if tensor.dtype == torch.uint8:
+        return tensor
     return tensor.detach().view(torch.uint8)

@@ -195,10 +195,7 @@ class SignCodec:
             InputError: a wrong dtype or size.
         """
         rows = _payload_rows(payloads, layout.payload_bytes, "all_finite")
-        if not layout.blocks:
-            return torch.ones((), dtype=torch.bool, device=payloads.device)
-        scales = rows[:, layout.bits_bytes : layout.bits_bytes + 4 * layout.chunk_blocks].view(torch.float32)
-        return scales.isfinite().all()
+        return self.unchecked(payloads.device).all_finite([rows], [layout])
 
     def _layout(self, layout: Layout | None, content: Sequence[Tensor] | int | None, operation: str) -> Layout:
         """The layout given, checked against the tensors; or the one of a single tensor."""
@@ -265,6 +262,12 @@ class SignOperators:
         """
         if layout.blocks:
             self.kernels.undo_reduce(payloads, residual, mask, out, layout, chunk, keep)
+
+    def all_finite(self, payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+        """As `SignCodec.all_finite`, of several buffers on one device, at least one, each with its layout."""
+        if not any(layout.blocks for layout in layouts):
+            return torch.ones((), dtype=torch.bool, device=payloads[0].device)
+        return self.kernels.all_finite(payloads, layouts)
 
     def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
         """As `SignCodec.decode`."""

@@ -66,6 +66,9 @@ class Kernels(Protocol):
     ) -> None:
         """The residual as it was before reduce_encode, unless `keep`."""
 
+    def all_finite(self, payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+        """Whether all scales are finite, 0-dim bool on the device."""
+
     def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
         """One payload per chunk to tensors."""
 

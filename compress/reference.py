@@ -90,6 +90,16 @@ def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], lay
         part.copy_(_rounded(values[layout.residual_span(segment)], part.dtype))
 
 
+def all_finite(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+    """0-dim bool: all scales are finite; each buffer holds whole payloads of its layout, and one of them has blocks."""
+    scales = [
+        _scales(p.view(-1, layout.payload_bytes), layout)
+        for p, layout in zip(payloads, layouts, strict=True)
+        if layout.blocks
+    ]
+    return torch.stack([s.isfinite().all() for s in scales]).all()
+
+
 def pack_signs(x: Tensor, out: Tensor) -> None:
     """Write bit i of `out` (ceil(n/8),) uint8 as x[i] >= 0, little-endian; spare bits are 0."""
     bits = torch.zeros(out.numel() * 8, dtype=torch.bool, device=x.device)
@@ -220,9 +230,12 @@ def _mask_of(mask: Tensor | None, layout: Layout, chunk: int) -> Tensor | None:
 def _sections(payloads: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Split (k, payload_bytes) into (k, chunk_numel) bool signs and (k, chunk_blocks) fp32 scales."""
     signs = unpack_bits(payloads[:, : layout.chunk_numel // 8].contiguous())
-    end = layout.bits_bytes + 4 * layout.chunk_blocks
-    scales = payloads[:, layout.bits_bytes : end].contiguous().view(torch.float32)
-    return signs.view(payloads.shape[0], -1), scales
+    return signs.view(payloads.shape[0], -1), _scales(payloads, layout).contiguous()
+
+
+def _scales(payloads: Tensor, layout: Layout) -> Tensor:
+    """(k, chunk_blocks) fp32, the scales of (k, payload_bytes) where they lie."""
+    return payloads[:, layout.bits_bytes : layout.bits_bytes + 4 * layout.chunk_blocks].view(torch.float32)
 
 
 def _real(layout: Layout, segments: Iterable[Segment], blocks: int, device: torch.device) -> Tensor:

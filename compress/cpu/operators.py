@@ -91,6 +91,7 @@ def reduce_encode(
 
 
 undo_reduce = reference.undo_reduce  # only for a step that is not made
+all_finite = reference.all_finite
 
 
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:

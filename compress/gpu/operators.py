@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from onebit.compress.gpu.module import launch
-from onebit.compress.gpu.tables import chunk_entries, entries, groups
-from onebit.compress.layout import Layout
+from onebit.compress.gpu.module import THREADS, launch
+from onebit.compress.gpu.tables import chunk_entries, entries, groups, scale_sections
+from onebit.compress.layout import Layout, ceil_div
 
 name = "gpu"
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FUSED, _SUMS_ONLY, _GIVEN_SCALES = 0, 1, 2
-_LOOPING_WARPS = 8192  # fill any device, for kernels that loop because they mostly have nothing to do
+_MANY_BLOCKS = 1024  # of threads, as many as fill any device
 _BYTES_OF_SUMS = 16  # per block: two fp32 sums and an int64 count
 
 
@@ -85,7 +85,20 @@ def undo_reduce(
     arguments = (blocks.address, blocks.n, residual.data_ptr(), masked, out.data_ptr(), _address(keep))
     source = (payloads.data_ptr(), payloads.shape[0])
     shape = (*_sizes(layout), layout.block_size)
-    launch("undo.cu", "undo_reduce", out.device, 32 * min(blocks.n, _LOOPING_WARPS), *source, *arguments, *shape)
+    launch(
+        "undo.cu", "undo_reduce", out.device, min(32 * blocks.n, THREADS * _MANY_BLOCKS), *source, *arguments, *shape
+    )
+
+
+def all_finite(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+    """As `reference.all_finite`."""
+    device = payloads[0].device
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    scales = scale_sections(payloads, layouts)
+    parts = min(ceil_div(scales.longest, 8 * THREADS), ceil_div(_MANY_BLOCKS, scales.n))
+    arguments = (scales.table.data_ptr(), parts, finite.data_ptr())
+    launch("finite.cu", "all_finite", device, THREADS * scales.n * parts, *arguments)
+    return finite
 
 
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +34,16 @@ class Entries:
 def entries(layout: Layout, tensors: Sequence[Tensor], device: torch.device, plain: bool) -> tuple[Entries, Entries]:
     """The blocks of these tensors that the fast kernels may take (none unless `plain`), and the others."""
     addresses = tuple([t.data_ptr() for t in tensors])
+    key = (plain, tensors[0].dtype if tensors else None, addresses)
     kept: dict[object, tuple[Entries, Entries]] = layout.cache.setdefault(("entries", device), {})
-    made = kept.get((plain, addresses))
+    made = kept.get(key)
     if made is None:
-        if len(kept) >= _KEPT:
-            del kept[next(iter(kept))]
+        _make_room(kept)
         tensor, offset, low = _tables(layout, device)
         bases = torch.tensor(addresses or (0,), dtype=torch.int64, device=device)
         size = tensors[0].element_size() if tensors else 0
         address = bases[tensor] + size * offset
-        made = kept[plain, addresses] = _split(layout, address, low, plain, address % 16 == 0)
+        made = kept[key] = _split(layout, address, low, plain, address % 16 == 0)
     return made
 
 
@@ -54,6 +55,45 @@ def chunk_entries(layout: Layout, chunk: int, device: torch.device, plain: bool)
         layout.cache[key] = _split(layout, torch.zeros_like(low), low, plain, torch.ones_like(low, dtype=torch.bool))
     made: tuple[Entries, Entries] = layout.cache[key]
     return made
+
+
+@dataclass(frozen=True)
+class ScaleSections:
+    """Where the scales of a set of payloads lie.
+
+    Attributes:
+        table: (n, 2) int64 on the device: address of a payload's scales, and their number.
+        n: number of payloads.
+        longest: the most scales of one payload.
+    """
+
+    table: Tensor
+    n: int
+    longest: int
+
+
+def scale_sections(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> ScaleSections:
+    """The scales of these buffers, each of whole payloads of its layout; at least one has blocks."""
+    device = payloads[0].device
+    key = tuple([(p.data_ptr(), p.numel()) for p in payloads])
+    kept: dict[object, ScaleSections] = layouts[0].cache.setdefault(("scales", device), {})
+    made = kept.get(key)
+    if made is None:
+        _make_room(kept)
+        rows = [
+            (payload.data_ptr() + at + layout.bits_bytes, layout.chunk_blocks)
+            for payload, layout in zip(payloads, layouts, strict=True)
+            for at in (range(0, payload.numel(), layout.payload_bytes) if layout.blocks else ())
+        ]
+        table = torch.tensor(rows, dtype=torch.int64, device=device)
+        made = kept[key] = ScaleSections(table, len(rows), max(count for _, count in rows))
+    return made
+
+
+def _make_room(kept: dict[object, Any]) -> None:
+    """Forget the oldest tables when there are as many as are kept."""
+    if len(kept) >= _KEPT:
+        del kept[next(iter(kept))]
 
 
 def groups(layout: Layout, chunk: int | None, device: torch.device) -> tuple[Tensor, Tensor]:

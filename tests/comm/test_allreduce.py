@@ -817,6 +817,30 @@ def test_an_encoder_that_raises_leaves_nothing_in_flight() -> None:
     run_threads(2, check)
 
 
+@pytest.mark.parametrize(
+    ("bucket_mb", "overlap", "in_line"),
+    [(16.0, False, ["all_to_all", "all_gather"]), (16.0, True, ["all_gather"]), (SMALL_BUCKET, False, [])],
+    ids=["one bucket, waited for", "one bucket, overlapped", "several buckets"],
+)
+def test_a_collective_is_in_line_only_where_nothing_can_run_beside_it(
+    monkeypatch: pytest.MonkeyPatch, bucket_mb: float, overlap: bool, in_line: list[str]
+) -> None:
+    def check(backend: Backend) -> list[str]:
+        seen: list[str] = []
+        for name in ("all_to_all", "all_gather"):
+
+            def start(output: Tensor, input: Tensor, name: str = name) -> Any:
+                seen.append(name)
+                return getattr(backend, f"_{name}")(output, input)
+
+            monkeypatch.setattr(backend, f"_{name}_in_line", start)
+        reduce = CompressedAllreduce(normal(0), backend, bucket_mb=bucket_mb)
+        reduce.start(normal(backend.rank), overlap=overlap).wait()
+        return seen
+
+    assert run_threads(2, check) == [in_line] * 2
+
+
 def test_one_rank_has_no_parts_and_encodes_nothing() -> None:
     def check(backend: Backend) -> None:
         reduce = CompressedAllreduce(normal(0), backend)

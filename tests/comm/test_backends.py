@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from onebit.comm import mpi_backend
 from onebit.comm.backend import SUMMABLE, Backend, Work
 from onebit.comm.errors import BackendError
 from onebit.comm.registry import make_backend
+from onebit.comm.staging import Staging
 from onebit.comm.torch_backend import SMALL_GATHER
 from tests.comm.launcher import GLOO, MPI, RANKS, run_ranks
 
@@ -280,8 +283,11 @@ def check_mpi_is_found_by_name_and_by_communicator(backend: Backend) -> None:
         make_backend()
     with pytest.raises(BackendError, match="null communicator"):
         make_backend(MPI.COMM_NULL)
-    with pytest.raises(BackendError, match="carries cpu tensors"):
-        make_backend("mpi", device="cuda")
+    assert make_backend("mpi", device="cuda").name == "mpi"
+    with pytest.raises(
+        BackendError, match=f"rank {backend.rank}: all_reduce .* carries cpu and cuda tensors, got one on"
+    ):
+        backend.all_reduce(torch.zeros(3, device="meta"))
     with pytest.raises(BackendError, match="expected an mpi4py communicator, got str"):
         mpi_backend.MpiBackend("world")
 
@@ -336,6 +342,32 @@ def check_mpi_counts_beyond_its_limit(backend: Backend) -> None:
                 assert torch.equal(total, (torch.arange(k).remainder(16) * backend.size).to(dtype)), k
 
 
+class Elsewhere(Staging):
+    """Takes CPU tensors for those of a device that MPI cannot read."""
+
+    def needed(self, tensor: Tensor) -> bool:
+        return True
+
+
+def check_mpi_staged_tensors(backend: Backend) -> None:
+    assert isinstance(backend, mpi_backend.MpiBackend)
+    assert not backend.cuda_aware or torch.cuda.is_available()
+    before = backend._staging, backend.cuda_aware
+    backend._staging, backend.cuda_aware = Elsewhere(), False
+    try:
+        for check in EVERYWHERE:
+            check(backend)
+        work, received, sent = start_all_to_all(backend, 1000, torch.float32)
+        expected, untouched = exchanged(backend, 1000, torch.float32), as_bytes(received).copy()
+        sent.zero_()  # what travels is a copy
+        time.sleep(0.2)
+        assert np.array_equal(as_bytes(received), untouched)  # delivered by wait, on the stream that is current then
+        work.wait()
+        assert np.array_equal(as_bytes(received), expected)
+    finally:
+        backend._staging, backend.cuda_aware = before
+
+
 CHECKS = {
     "threads": EVERYWHERE,
     "gloo": [*EVERYWHERE, check_gloo_sub_groups],
@@ -346,6 +378,7 @@ CHECKS = {
         check_mpi_messages_of_the_user_do_not_collide_with_ours,
         check_mpi_second_backend_of_a_communicator_costs_no_second_duplicate,
         check_mpi_counts_beyond_its_limit,
+        check_mpi_staged_tensors,
     ],
 }
 
@@ -396,6 +429,45 @@ def test_gloo_sub_groups(kind: str, world_size: int) -> None:
 @pytest.mark.parametrize(("kind", "world_size"), MPI)
 def test_mpi(kind: str, world_size: int, check: Callable[[Backend], None]) -> None:
     report(kind, world_size, check)
+
+
+@pytest.mark.parametrize(
+    ("library", "supported"),
+    [
+        ({}, False),
+        ({"MPIX_Query_cuda_support": lambda: 0}, False),
+        ({"MPIX_Query_cuda_support": lambda: 1}, True),
+        ({"MPIX_GPU_query_support": lambda kind, answer: answer_with(answer, int(kind == 0))}, True),
+        ({"MPIX_GPU_query_support": lambda kind, answer: answer_with(answer, 0)}, False),
+        ({"MPIX_GPU_query_support": lambda kind, answer: answer_with(answer, 1, status=16)}, False),
+        (None, False),
+    ],
+    ids=[
+        "cannot tell",
+        "Open MPI without",
+        "Open MPI with",
+        "MPICH with",
+        "MPICH without",
+        "MPICH fails",
+        "no library",
+    ],
+)
+def test_the_mpi_library_itself_is_asked_for_cuda_support(
+    monkeypatch: pytest.MonkeyPatch, library: dict[str, Callable[..., int]] | None, supported: bool
+) -> None:
+    def load(path: str) -> SimpleNamespace:
+        assert path == "the mpi4py module"
+        if library is None:
+            raise OSError("no such file")
+        return SimpleNamespace(**library)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert mpi_backend.query_cuda_support(SimpleNamespace(__file__="the mpi4py module")) is supported
+
+
+def answer_with(answer: Any, value: int, status: int = 0) -> int:
+    answer._obj.value = value  # what byref() was given
+    return status
 
 
 @pytest.mark.parametrize("check", EVERYWHERE, ids=name_of)

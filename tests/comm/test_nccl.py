@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from onebit.comm import CompressedAllreduce, run_threads
 from onebit.comm.backend import SUMMABLE, Backend
 from onebit.comm.errors import BackendError
 from onebit.comm.registry import make_backend
@@ -121,7 +124,129 @@ def check_cpu_tensors_are_refused(backend: Backend) -> None:
         make_backend("nccl", device="cpu")
 
 
+def check_collectives_in_line_are_ordered_on_the_current_stream(backend: Backend) -> None:
+    k = 300_001
+    sent = as_tensor(bytes_of(backend.rank, backend.size * k, torch.uint8), torch.uint8).cuda()
+    received, everyone = torch.zeros(2, backend.size * k, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            for buffer in (received, everyone):
+                buffer.zero_()
+            torch.cuda._sleep(50_000_000)
+            late = sent.clone()  # written behind the long kernel, and read by the collective behind that
+            backend.all_to_all(received, late, in_line=True).wait()
+            copied = received.clone()
+            backend.all_gather(everyone, late[:k], in_line=True).wait()
+            gathered_copy = everyone.clone()
+            done = stream.record_event()
+        done.synchronize()
+        assert np.array_equal(as_bytes(copied.cpu()), exchanged(backend, k, torch.uint8))
+        pieces = [as_tensor(bytes_of(r, backend.size * k, torch.uint8), torch.uint8)[:k] for r in range(backend.size)]
+        assert torch.equal(gathered_copy.cpu(), torch.cat(pieces))
+
+
+def cpu_averages(backend: Backend, calls: int, numels: Sequence[int], bucket_mb: float) -> list[list[Tensor]]:
+    """What ranks that are threads with CPU tensors get: this rank's result of every call."""
+
+    def average(threads: Backend) -> list[list[Tensor]]:
+        reduce = CompressedAllreduce(inputs(threads.rank, 0, numels), threads, bucket_mb=bucket_mb)
+        results = [inputs(threads.rank, call, numels) for call in range(calls)]
+        for tensors in results:
+            reduce(tensors)
+        return results
+
+    return run_threads(backend.size, average)[backend.rank]
+
+
+def inputs(rank: int, call: int, numels: Sequence[int]) -> list[Tensor]:
+    return [torch.randn(n, generator=torch.Generator().manual_seed(100 * rank + 10 * call + n)) for n in numels]
+
+
+def check_compressed_averages_are_those_of_cpu_ranks(backend: Backend) -> None:
+    numels = (1, 5000, 300_001, 1024)
+    for bucket_mb in (16.0, 0.25):  # one bucket, in line; several, pipelined
+        expected = cpu_averages(backend, 3, numels, bucket_mb)
+        for how in ("called", "started", "in parts", "on a side stream"):
+            reduce = CompressedAllreduce([t.cuda() for t in inputs(0, 0, numels)], backend, bucket_mb=bucket_mb)
+            stream = torch.cuda.Stream() if how == "on a side stream" else torch.cuda.current_stream()
+            for call in range(3):
+                tensors = [t.cuda() for t in inputs(backend.rank, call, numels)]
+                torch.cuda.synchronize()
+                with torch.cuda.stream(stream):
+                    average_as(how, reduce, tensors)
+                stream.synchronize()
+                for k, (seen, right) in enumerate(zip(tensors, expected[call], strict=True)):
+                    assert torch.equal(seen.cpu(), right), (bucket_mb, how, call, k)
+
+
+def average_as(how: str, reduce: CompressedAllreduce, tensors: list[Tensor]) -> None:
+    if how == "called" or how == "on a side stream":
+        reduce(tensors)
+    elif how == "started":
+        work = reduce.start(tensors)
+        torch.cuda._sleep(1_000_000)
+        work.wait()
+    else:
+        operators = reduce.codec.unchecked(tensors[0].device)
+        work = reduce.start_with(lambda part: part.encode(operators, tensors), overlap=False)
+        work.finish()
+        for part in reduce.parts:
+            part.decode(operators, tensors)
+        work.accept()
+
+
+def check_a_step_settled_on_the_device_is_undone_on_every_rank_alike(backend: Backend) -> None:
+    numels = (5000, 300_001)
+    reduce, plain = (CompressedAllreduce([t.cuda() for t in inputs(0, 0, numels)], backend) for _ in range(2))
+    operators = reduce.codec.unchecked(torch.device("cuda"))
+    tensors = [t.cuda() for t in inputs(0, 0, numels)]
+    for call, spoiled in enumerate((False, True, False, True, False)):
+        for tensor, new in zip(tensors, inputs(backend.rank, call, numels), strict=True):
+            tensor.copy_(new)
+        before = [part.residual.clone() for part in reduce.parts]
+        server = [part.clone() for part in reduce.residual.server]
+        if spoiled and backend.rank == backend.size - 1:
+            tensors[1][7] = torch.nan
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if call else "default")  # tables are sent by the first call
+        try:
+            work = reduce.start_with(lambda part: part.encode(operators, tensors))
+            work.finish()
+            finite = work.all_finite()
+            work.settle_server(finite)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert bool(finite) is not spoiled, call
+        if spoiled:
+            for now, then in zip(reduce.residual.server, server, strict=True):
+                # Two sums there and back, of numbers below 8 in size: a few of their last places.
+                assert torch.allclose(now, then, rtol=0, atol=1e-5), (call, float((now - then).abs().max()))
+            for part, then in zip(reduce.parts, before, strict=True):
+                part.residual.copy_(then)
+            for now, then in zip(reduce.residual.server, server, strict=True):
+                now.copy_(then)
+            continue
+        plain([t.clone() for t in tensors])
+        for mine, other in zip(reduce.residual.server, plain.residual.server, strict=True):
+            assert torch.equal(mine, other), call
+
+
+def check_the_time_limit_becomes_that_of_the_group(backend: Backend) -> None:
+    group = dist.new_group(list(range(backend.size)), backend="nccl", timeout=timedelta(seconds=200))
+    assert make_backend(group).timeout == 200.0
+    limited = make_backend(group, timeout=90.0)
+    assert (limited.timeout, make_backend(group).timeout) == (90.0, 90.0)
+    total = torch.ones(3, device="cuda")
+    limited.all_reduce(total).wait()
+    assert total.tolist() == [backend.size] * 3
+
+
 CHECKS = [
+    check_collectives_in_line_are_ordered_on_the_current_stream,
+    check_compressed_averages_are_those_of_cpu_ranks,
+    check_a_step_settled_on_the_device_is_undone_on_every_rank_alike,
+    check_the_time_limit_becomes_that_of_the_group,
     check_every_byte_moves,
     check_sums_and_empty_tensors,
     check_several_in_flight_waited_out_of_order,

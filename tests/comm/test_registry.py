@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_a_backend_is_returned_as_it_is() -> None:
     backend = make_backend("single", timeout=7.0)
     assert make_backend(backend) is backend
     assert make_backend(backend, timeout=7.0) is backend
-    with pytest.raises(BackendError, match=r"timeout of 7\.0 s; set its timeout attribute"):
+    with pytest.raises(BackendError, match=r"timeout of 7\.0 s, not 8\.0; make one with timeout=8\.0"):
         make_backend(backend, timeout=8.0)
 
 
@@ -152,9 +154,29 @@ def test_device_chooses_the_half(
 ) -> None:
     pretend_group_has(monkeypatch, config)
     assert make_backend(device=device).name == name
-    if name == "nccl":
-        with pytest.raises(BackendError, match="time limit is the process group's; pass timeout= to torch"):
-            make_backend(device=device, timeout=5.0)
+
+
+class Half:
+    """Half of a process group, as far as its time limit goes."""
+
+    def __init__(self) -> None:
+        self.options = SimpleNamespace(_timeout=timedelta(minutes=10))
+
+    def _set_default_timeout(self, limit: timedelta) -> None:
+        self.options._timeout = limit
+
+
+def test_the_time_limit_over_nccl_is_that_of_the_group(gloo_world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_group_has(monkeypatch, "cuda:nccl")
+    half = Half()
+    monkeypatch.setattr(dist.ProcessGroup, "_get_backend", lambda group, device: half)
+    assert make_backend(device="cuda").timeout == 600.0
+    assert make_backend(device="cuda", timeout=5.0).timeout == 5.0
+    assert half.options._timeout == timedelta(seconds=5)
+    assert make_backend(device="cuda").timeout == 5.0
+    with pytest.raises(BackendError, match="timeout must be a positive"):
+        make_backend(device="cuda", timeout=-5.0)
+    assert half.options._timeout == timedelta(seconds=5)
 
 
 def test_threads_are_made_by_run_threads() -> None:
