@@ -1,0 +1,123 @@
+"""Which runs the convergence study consists of, and with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+ADAM = ("adamw", "onebit-adam", "onebit-adam-auto", "zero-one-adam")
+LAMB = ("lamb", "onebit-lamb")
+BASELINE = {name: family[0] for family in (ADAM, LAMB) for name in family}  # what an optimizer is measured against
+LABELS = {
+    "adamw": "AdamW",
+    "onebit-adam": "OnebitAdam",
+    "onebit-adam-auto": 'OnebitAdam, freeze_step="auto"',
+    "zero-one-adam": "ZeroOneAdam",
+    "lamb": "LAMB",
+    "onebit-lamb": "OnebitLamb",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run, all of it: two runs with equal settings see the same data and start from the same weights.
+
+    Attributes:
+        batch: samples per step, of all ranks together, so that any number of ranks sees the same ones.
+        warmup: share of the steps that are warm-up of a 1-bit optimizer; the learning rate warms up in half of them.
+        lr: the peak learning rate.
+        beta2: such that a variance frozen after warm-up has forgotten the first steps.
+        width, layers, heads, context: the transformer's; `width` is that of the hidden layers for "digits".
+        held_out_batches: batches of held-out samples, as large as those of training.
+        evaluations: how many times in the run the held-out loss is taken.
+    """
+
+    task: str
+    optimizer: str
+    ranks: int
+    seed: int
+    steps: int
+    batch: int
+    lr: float
+    weight_decay: float
+    warmup: float = 0.15
+    beta2: float = 0.95
+    width: int
+    layers: int
+    heads: int = 1
+    context: int = 1
+    held_out_batches: int = 16
+    evaluations: int = 10
+
+    @property
+    def name(self) -> str:
+        """What its record's file is called."""
+        return f"{self.task}-{self.ranks}ranks-{self.optimizer}-seed{self.seed}"
+
+    @property
+    def freeze_step(self) -> int:
+        """The last step of warm-up."""
+        return max(1, round(self.warmup * self.steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings of a task; each family of optimizers has a learning rate of its own."""
+
+    common: dict[str, object]
+    lr: dict[str, float]
+
+    def run(self, task: str, optimizer: str, ranks: int, seed: int, changes: dict[str, object]) -> Run:
+        """One run of the task, with some settings changed."""
+        given = {"lr": self.lr[BASELINE[optimizer]], **self.common, **changes}
+        return Run(task=task, optimizer=optimizer, ranks=ranks, seed=seed, **given)  # type: ignore[arg-type]
+
+
+RECIPES = {
+    # One core of a common machine makes one run in about a minute.
+    "digits": Recipe(
+        common={"steps": 1000, "batch": 64, "weight_decay": 0.1, "width": 128, "layers": 2, "held_out_batches": 6},
+        lr={"adamw": 2e-3, "lamb": 1e-2},
+    ),
+    "bytes": Recipe(
+        common={"steps": 600, "batch": 16, "weight_decay": 0.01, "width": 96, "layers": 3, "heads": 3, "context": 96},
+        lr={"adamw": 3e-3, "lamb": 1e-2},
+    ),
+    # 125 million parameters; one H200 makes a step in some 30 ms.
+    "gpt": Recipe(
+        common={
+            "steps": 2500,
+            "batch": 32,
+            "weight_decay": 0.1,
+            "width": 896,
+            "layers": 13,
+            "heads": 14,
+            "context": 512,
+            "held_out_batches": 32,
+        },
+        lr={"adamw": 6e-4, "lamb": 4e-3},
+    ),
+}
+
+
+def plan(
+    tasks: Sequence[str],
+    optimizers: Sequence[str],
+    ranks: Sequence[int],
+    seeds: Sequence[int],
+    changes: dict[str, object],
+) -> list[Run]:
+    """Every combination, the costliest first."""
+    return [
+        RECIPES[task].run(task, optimizer, n, seed, changes)
+        for n in sorted(ranks, reverse=True)
+        for task in tasks
+        for seed in seeds
+        for optimizer in optimizers
+    ]
+
+
+def flags(run: Run) -> list[str]:
+    """The command line that `study.py train` makes this run from."""
+    listed = asdict(run)
+    return [f"--{name.replace('_', '-')}={value}" for name, value in listed.items()]

@@ -1,0 +1,195 @@
+"""One run of the convergence study: the same loop for every optimizer, and its record."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks import checksums, mean_over_ranks
+from record import Record, environment
+from study_plan import Run
+from study_tasks import Task, learning_rate_factor, make_task
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from onebit.comm import DenseAllreduce, make_backend, run_threads
+from onebit.comm.backend import Backend
+from onebit.compress import set_num_threads
+from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam
+
+
+@dataclass
+class StudyRecord(Record):
+    """A run's record; `seconds` are those of the host, which on CUDA does not wait for the device in a step.
+
+    Attributes:
+        collectives: collectives started, per step.
+        held_out: steps made and held-out loss, several times in the run.
+        total_seconds: time of all steps, evaluations included.
+        skipped_steps: steps not made because of a number that is not finite.
+    """
+
+    collectives: list[int] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    total_seconds: float = float("nan")
+    skipped_steps: int = 0
+
+
+def make_runs(runs: list[Run], folder: Path, compiled: bool) -> None:
+    """Make those of `runs`, which differ in optimizer and seed alone, that have no record in `folder` yet.
+
+    Under torchrun this process is one rank, else all ranks are threads of it.
+    """
+    todo = [run for run in runs if not (folder / f"{run.name}.json").exists()]
+    if not todo:
+        return
+    task = make_task(todo[0])
+    start = {run.seed: _start(task, run.seed) for run in todo}
+    if "RANK" in os.environ:
+        backend, device = _join()
+        _all(todo, task, start, folder, compiled, backend, device)
+        dist.destroy_process_group()
+        return
+    device = torch.device("cpu")
+    run_threads(
+        todo[0].ranks, lambda backend: _all(todo, task, start, folder, compiled, backend, device), timeout=600.0
+    )
+
+
+def _all(
+    runs: list[Run],
+    task: Task,
+    start: dict[int, nn.Module],
+    folder: Path,
+    compiled: bool,
+    backend: Backend,
+    device: torch.device,
+) -> None:
+    """Every run on one rank; all in one model, so that it is compiled once."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # holds for this thread
+        set_num_threads(1)
+    model = copy.deepcopy(start[runs[0].seed]).to(device)
+    called = torch.compile(model) if compiled else model
+    for run in runs:
+        model.load_state_dict(start[run.seed].state_dict())
+        record = train(run, task, model, called, backend, device)
+        if backend.rank == 0:
+            record.write(folder / f"{run.name}.json")
+            print(f"{run.name}: held-out loss {record.held_out_loss:.4f}, {record.total_seconds:.0f} s", flush=True)
+        backend.barrier()  # nobody leaves, and takes the others down, before the record is written
+
+
+def train(
+    run: Run, task: Task, model: nn.Module, called: nn.Module, backend: Backend, device: torch.device
+) -> StudyRecord:
+    """Train `model`, through `called`, from what it holds; returns the record, equal on all ranks but for the times."""
+    parameters = list(model.parameters())
+    optimizer = make_optimizer(run, parameters, backend)
+    average = DenseAllreduce(parameters, backend) if run.optimizer == "adamw" else None
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
+    held_out = [(x.to(device), y.to(device)) for x, y in task.held_out()[backend.rank :: backend.size]]
+    due = {run.steps * part // run.evaluations for part in range(1, run.evaluations + 1)}
+    draw = torch.Generator().manual_seed(1_000_003 * run.seed)  # the same samples on all ranks, which share them out
+    losses: list[Tensor] = []
+    record = StudyRecord(asdict(run), environment(device, backend), sum(p.numel() for p in parameters))
+    began = time.perf_counter()
+    for number in range(run.steps):
+        started = time.perf_counter()
+        phase = optimizer.phase() if isinstance(optimizer, (OnebitAdam, ZeroOneAdam, OnebitLamb)) else "dense"
+        inputs, targets = (part[backend.rank :: backend.size].to(device) for part in task.draw(draw))
+        optimizer.zero_grad()
+        with _mixed(device):
+            loss = task.loss(called, inputs, targets)
+        loss.backward()
+        computed, sent, collectives = time.perf_counter(), backend.traffic.wire_bytes, backend.traffic.collectives
+        if average is not None:
+            average([p.grad for p in parameters if p.grad is not None])
+        optimizer.step()
+        schedule.step()
+        if number + 1 == run.steps and isinstance(optimizer, ZeroOneAdam):
+            optimizer.synchronize()  # the last interval of local steps may not be over
+        finished = time.perf_counter()
+        losses.append(loss.detach())
+        record.add(
+            loss=float("nan"),
+            phase=phase,
+            wire_bytes=backend.traffic.wire_bytes - sent,
+            seconds=round(finished - started, 6),
+            update_seconds=round(finished - computed, 6),
+        )
+        record.collectives.append(backend.traffic.collectives - collectives)
+        if number + 1 in due:
+            record.held_out.append((number + 1, evaluate(task, model, held_out, backend, device)))
+    record.total_seconds = time.perf_counter() - began
+    record.loss = mean_over_ranks(torch.stack(losses).tolist(), backend, device)
+    record.held_out_loss = record.held_out[-1][1]
+    record.skipped_steps = getattr(optimizer, "skipped_steps", 0)
+    record.checksums = checksums(parameters, backend)
+    return record
+
+
+def make_optimizer(run: Run, parameters: list[nn.Parameter], backend: Backend) -> Optimizer:
+    """The optimizer of a run; vectors, such as biases, are not decayed."""
+    decay = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": run.weight_decay}]
+    rest = [p for p in parameters if p.dim() <= 1]
+    groups = [*decay, *([{"params": rest, "weight_decay": 0.0}] if rest else [])]
+    lr, betas = run.lr, (0.9, run.beta2)
+    if run.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    if run.optimizer == "onebit-adam":
+        return OnebitAdam(groups, lr=lr, betas=betas, freeze_step=run.freeze_step, backend=backend)
+    if run.optimizer == "onebit-adam-auto":
+        return OnebitAdam(groups, lr=lr, betas=betas, freeze_step="auto", backend=backend)
+    if run.optimizer == "zero-one-adam":
+        return ZeroOneAdam(
+            groups,
+            lr=lr,
+            betas=betas,
+            var_freeze_step=run.freeze_step,
+            local_step_scaler=max(1, run.steps // 5),  # published: 32678 of some 150,000 steps
+            backend=backend,
+        )
+    freeze_step = run.freeze_step if run.optimizer == "onebit-lamb" else run.steps  # LAMB never freezes
+    return OnebitLamb(groups, lr=lr, betas=betas, freeze_step=freeze_step, backend=backend)
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, batches: list[tuple[Tensor, Tensor]], backend: Backend, device: torch.device
+) -> float:
+    """The mean loss over the held-out samples, of which `batches` is this rank's share."""
+    total, count = torch.zeros((), device=device), 0
+    with _mixed(device):
+        for inputs, targets in batches:
+            total += task.loss(model, inputs, targets) * len(inputs)
+            count += len(inputs)
+    loss, samples = mean_over_ranks([float(total), float(count)], backend, device)
+    return loss / samples
+
+
+def _start(task: Task, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return task.make_model()
+
+
+def _join() -> tuple[Backend, torch.device]:
+    """Meet the other ranks that torchrun started."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    return make_backend(None, device=device), device
+
+
+def _mixed(device: torch.device) -> AbstractContextManager[object]:
+    """bf16 products on a GPU; fp32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

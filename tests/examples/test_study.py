@@ -1,0 +1,94 @@
+"""The convergence study makes each run once, leaves complete records, and tabulates and draws them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STUDY = Path(__file__).parents[2] / "examples" / "study.py"
+STEPS = 20
+TINY = [f"--steps={STEPS}", "--width=32", "--layers=1", "--heads=2", "--context=32", "--batch=4", "--evaluations=4"]
+EVERYTHING = ["adamw", "onebit-adam", "onebit-adam-auto", "zero-one-adam", "lamb", "onebit-lamb"]
+
+
+def study(*arguments: object, launcher: tuple[str, ...] = ()) -> str:
+    command = [sys.executable, *launcher, str(STUDY), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.slow
+def test_runs_are_made_once_side_by_side_and_end_in_a_table_and_a_picture(tmp_path: Path) -> None:
+    folder, docs = tmp_path / "records", tmp_path / "docs"
+    settings = ["--tasks", "bytes", "--ranks", 2, "--seeds", 0, "--jobs", 2, "--folder", folder, *TINY]
+    assert "6 of 6 runs to make" in study("run", *settings)
+    found = records(folder)
+    assert set(found) == {f"bytes-2ranks-{name}-seed0" for name in EVERYTHING}
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert "0 of 6 runs to make" in study("run", *settings)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+    sent = {}
+    for name, record in found.items():
+        for column in ("loss", "phase", "wire_bytes", "collectives", "seconds"):
+            assert len(record[column]) == STEPS, (name, column)
+        assert [step for step, _ in record["held_out"]] == [5, 10, 15, 20]
+        assert record["held_out"][-1][1] == record["held_out_loss"]
+        assert len(record["checksums"]) == 2
+        assert len(set(record["checksums"])) == 1, f"{name}: ranks ended with different parameters"
+        sent[record["options"]["optimizer"]] = sum(record["wire_bytes"])
+    assert found["bytes-2ranks-adamw-seed0"]["loss"][0] == found["bytes-2ranks-lamb-seed0"]["loss"][0], "same start"
+    for plain, packed in (("adamw", "onebit-adam"), ("onebit-adam", "zero-one-adam"), ("lamb", "onebit-lamb")):
+        assert sent[packed] < sent[plain]
+
+    docs.mkdir()
+    page = docs / "convergence.md"
+    page.write_text("before\n<!-- made by examples/study.py report -->\nold\n<!-- end -->\nafter\n")
+    for _ in range(2):  # what was made is replaced
+        study("report", "--folder", folder, "--docs", docs)
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert len(lines) == 4 + 2 + len(EVERYTHING)
+    assert (docs / "convergence-bytes.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_under_torchrun_processes_are_ranks(tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    optimizers = ["adamw", "onebit-lamb"]
+    study(
+        *("train", "--task", "bytes", "--ranks", 2, "--optimizer", *optimizers, "--folder", tmp_path, *TINY),
+        launcher=launcher,
+    )
+    found = records(tmp_path)
+    assert len(found) == 2
+    assert {record["environment"]["backend"] for record in found.values()} == {"gloo"}
+    assert {record["environment"]["world_size"] for record in found.values()} == {2}
+
+
+def test_the_digits_train_from_the_file_that_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np = pytest.importorskip("numpy")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 17, (60, 8, 8), np.uint8), draw.integers(0, 10, 60, np.uint8)
+    np.savez_compressed(tmp_path / "out" / "digits.npz", images=images, labels=labels)
+    shadow = tmp_path / "sklearn"
+    shadow.mkdir()
+    (shadow / "__init__.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    study("train", "--task", "digits", "--ranks", 2, "--optimizer", "onebit-adam", "--folder", tmp_path, "--steps=10")
+    (record,) = records(tmp_path).values()
+    assert len(record["loss"]) == 10
