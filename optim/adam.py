@@ -213,7 +213,7 @@ class AdamBase(torch.optim.Optimizer):
             raise InputError(f"{type(self).__name__}: a parameter stands in its group twice; give each only once")
         for index, p in enumerate(params):
             problem = self._problem(p)
-            if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            if not problem and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
                 problem = "has elements that share memory; make it contiguous"
             if problem:
                 raise InputError(f"{type(self).__name__}: parameter {_name(group, index)}, {describe(p)}, {problem}")
