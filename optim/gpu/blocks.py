@@ -93,4 +93,5 @@ def _places(table: npt.NDArray[np.int64], device: torch.device) -> Places:
 
 def _sent(values: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     """The values on a device; the host does not wait."""
-    return torch.from_numpy(values).pin_memory().to(device, non_blocking=True)
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

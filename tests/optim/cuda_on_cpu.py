@@ -37,7 +37,8 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) ushort4 { unsigned short x, y, z, w; };
 struct alignas(8) int2 { int x, y; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static ushort4 make_ushort4(unsigned short x, unsigned short y, unsigned short z, unsigned short w) { return {x, y, z, w}; }
+typedef unsigned short half;
+static ushort4 make_ushort4(half x, half y, half z, half w) { return {x, y, z, w}; }
 template <class To, class From> static To same_bits(From from) { To to; memcpy(&to, &from, sizeof to); return to; }
 static float __uint_as_float(unsigned word) { return same_bits<float>(word); }
 static unsigned __float_as_uint(float number) { return same_bits<unsigned>(number); }
@@ -49,8 +50,8 @@ static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static float __fsqrt_rn(float a) { return std::sqrt(a); }
 template <class T> static T __shfl_xor_sync(unsigned, T, int) { abort(); }
-static float cvt_f32_f16(unsigned short bits) { return (float)same_bits<_Float16>(bits); }
-static unsigned short cvt_rn_f16_f32(float number) { return same_bits<unsigned short>((_Float16)number); }
+static float cvt_f32_f16(half bits) { return (float)same_bits<_Float16>(bits); }
+static half cvt_rn_f16_f32(float number) { return same_bits<half>((_Float16)number); }
 static float sqrt_approx_f32(float a) { return std::sqrt(a); }
 static float div_approx_f32(float a, float b) { return a / b; }
 """
@@ -76,19 +77,28 @@ extern "C" void run(void* kernel, unsigned blocks, const word* a, int arguments)
 def launch(file: Path, kernel: str, device: torch.device, threads: int, *arguments: int) -> None:
     """As `onebit.compress.gpu.module.launch`, on CPU tensors."""
     assert device.type == "cpu"
-    library = _library(file)
+    compiled = library(file)
     words = (ctypes.c_longlong * len(arguments))(*arguments)
-    library.run(ctypes.cast(getattr(library, kernel), ctypes.c_void_p), -(-threads // THREADS), words, len(arguments))
+    compiled.run(ctypes.cast(getattr(compiled, kernel), ctypes.c_void_p), -(-threads // THREADS), words, len(arguments))
 
 
 @functools.cache
-def _library(file: Path) -> ctypes.CDLL:
+def library(file: Path, prologue: str = PROLOGUE, epilogue: str = EPILOGUE) -> ctypes.CDLL:
+    """A `.cu` file, compiled as C++ between two pieces of it."""
     assert COMPILER is not None
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
         code = re.sub(r'asm\("([\w.]+) [^"]*" : "=\w"\((\w+)\) : (.*?)\);', _call, with_headers(file))
-        source.write_text(PROLOGUE + code + EPILOGUE)
-        options = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared"]
+        source.write_text(prologue + code + epilogue)
+        options = [
+            "-std=c++17",
+            "-O1",
+            "-march=native",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-fPIC",
+            "-shared",
+        ]
         command = [COMPILER, *options, f"-DTHREADS={THREADS}", "-o", str(built), str(source)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=100)
         assert run.returncode == 0, run.stderr

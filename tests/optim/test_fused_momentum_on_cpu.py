@@ -1,0 +1,53 @@
+"""What tests/gpu asks of the fused step's CUDA kernels, of the same sources run on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests.gpu import test_fused_momentum as on_gpu
+from tests.optim.warps_on_cpu import COMPILER, kernels_on_cpu
+
+__all__ = ["kernels_on_cpu"]
+
+SIZES = [[1], [1000, 3], [2100, 1, 33, 1024]]
+pytestmark = [pytest.mark.skipif(COMPILER is None, reason="no g++"), pytest.mark.usefixtures("kernels_on_cpu", "small")]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own tensors on the CPU, and few of them."""
+    monkeypatch.setattr(on_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(on_gpu, "SIZES", SIZES)
+
+
+@pytest.mark.parametrize("dtypes", on_gpu.DTYPES.values(), ids=on_gpu.DTYPES)
+def test_encoding_updating_and_leaving_alone(dtypes: Sequence[torch.dtype]) -> None:
+    on_gpu.test_what_is_sent_and_kept_is_the_codecs_for_the_local_momentum(1024, "mean", dtypes)
+    on_gpu.test_parameters_move_as_by_separate_operations(1024, "mean", dtypes)
+    on_gpu.test_nothing_changes_where_the_step_does_not_proceed(dtypes)
+
+
+@pytest.mark.parametrize(("block_size", "scale"), [(96, "rms"), (2048, "mean"), (None, "mean")])
+def test_blocks_of_any_size(block_size: int | None, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "SIZES", SIZES[1:2])
+    dtypes = on_gpu.DTYPES["mixed"]
+    on_gpu.test_what_is_sent_and_kept_is_the_codecs_for_the_local_momentum(block_size, scale, dtypes)
+    on_gpu.test_parameters_move_as_by_separate_operations(block_size, scale, dtypes)
+
+
+@pytest.mark.parametrize("block_size", [1024, None])
+def test_undoing(block_size: int | None) -> None:
+    on_gpu.test_error_feedback_is_put_back_where_the_step_does_not_proceed(block_size)
+
+
+def test_dead_entries_and_new_addresses() -> None:
+    on_gpu.test_a_dead_entry_only_decays_even_where_nothing_can_be_divided()
+    on_gpu.test_new_addresses_are_used_whatever_was_there_before()
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_scalars(bias_correction: bool) -> None:
+    on_gpu.test_scalars_are_those_of_fp64_rounded_once(1e-3, bias_correction)
