@@ -348,8 +348,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
         if refusal is not None and self._agreed:
             raise refusal
         if not self._agreed:
-            facts = self._facts() if self.backend.size > 1 else {}
-            agree(self.backend, f"{type(self).__name__}.step", facts, self._refused_devices() or refusal)
+            refusal = self._refused_devices() or refusal
+            facts = self._facts() if self.backend.size > 1 and refusal is None else {}
+            agree(self.backend, f"{type(self).__name__}.step", facts, refusal)
         self._agreed = True
 
     def _facts(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
@@ -19,11 +18,10 @@ from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, measure, observe, warn_if_too_late
 from onebit.optim.fused import FusedMomentum
 from onebit.optim.kernels import step_kernels
+from onebit.optim.known import known_indices
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, decay, local_momenta, wanted
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step
-
-_log = logging.getLogger(__name__)
 
 
 class OnebitAdam(CompressedOptimizer):
@@ -159,7 +157,7 @@ class OnebitAdam(CompressedOptimizer):
         return len({_phase(group, group["step"] + made) for made in range(unknown + 1)}) > 1
 
     def _count_made(self, group: dict[str, Any]) -> None:
-        known = [self.state[p]["step"] for p in group["params"] if p in self.state]
+        known = [self.state[p]["step"] for p in group["params"] if "step" in self.state.get(p, {})]
         if known:
             torch._foreach_add_(known, 1.0)
 
@@ -167,9 +165,18 @@ class OnebitAdam(CompressedOptimizer):
         phase = _phase(group, group["step"])
         if phase == "compressed":
             return self._compressed(_Frozen(self, group, reducers), reducers)
+        self._unfuse(group, reducers)
         if phase == "refresh":
             return _Refresh(self, group, reducers)
+        reducers.renew()  # whoever goes back to dense steps ends the compressed average that there was
+        self._fused.pop(reducers, None)
         return _Dense(self, group, reducers)
+
+    def _unfuse(self, group: Mapping[str, Any], reducers: GroupReducers) -> None:
+        """Have the momentum in the states, in fp32; the next compressed step starts from there."""
+        if reducers in self._fused:
+            known = [p for p in group["params"] if "step" in self.state.get(p, {})]
+            self._fused[reducers].release(known, [self.state[p] for p in known])
 
     def _compressed(self, frozen: _Frozen, reducers: GroupReducers) -> Exchange:
         """A compressed step by fused kernels, where there are any and something to average."""
@@ -256,17 +263,9 @@ class _Frozen:
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self.group = group
         self.gradients = optimizer._gradients(group)
-        self.indices = [i for i, p in enumerate(group["params"]) if "step" in optimizer.state.get(p, {})]
+        self.indices = known_indices(group["params"], self.gradients, optimizer.state, reducers)
         self.params = [group["params"][i] for i in self.indices]
         self.states = [optimizer.state[p] for p in self.params]
-        late = sorted({i for i, g in enumerate(self.gradients) if g is not None} - set(self.indices))
-        if late and reducers.first_warning():
-            _log.warning(
-                "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them "
-                "and they are not updated; give them to add_param_group, where they make a warm-up of their own",
-                optimizer.backend.rank,
-                late,
-            )
 
     def momenta(self) -> list[Tensor]:
         return [s["exp_avg"] for s in self.states]
@@ -319,10 +318,8 @@ class _Refresh:
     """Momentum and variance from gradients averaged in fp32; error feedback waits for the next compressed step."""
 
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._frozen = frozen = _Frozen(optimizer, group, reducers)
+        self._frozen = _Frozen(optimizer, group, reducers)
         self._reducers = reducers
-        if reducers in optimizer._fused:
-            optimizer._fused[reducers].release(frozen.params, frozen.states)
         self._mean = MeanGradients(group["params"], self._frozen.gradients, reducers)
 
     def all_finite(self) -> Tensor:
