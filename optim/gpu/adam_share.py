@@ -87,10 +87,7 @@ class AdamShare:
     def make(self, groups: Sequence[Mapping[str, Any]], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """Make the step with what `look` has found."""
         self._seen = self._place
-        device = self._steps.device
-        scaler = [
-            None if t is None else t.to(device, torch.float32, non_blocking=True) for t in (found_inf, grad_scale)
-        ]
+        scaler = [None if t is None else _scalar(t, self._steps.device) for t in (found_inf, grad_scale)]
         place = self._place
         step = Step(self._params, self._grads, self._states, place.memory, place.gradients, groups, *scaler)
         gaps, others = self._elsewhere()
@@ -155,6 +152,11 @@ def _together(steps: Sequence[Tensor], device: torch.device) -> Tensor:
     if not all(step.is_cpu for step in steps):
         steps = [step.to(device) for step in steps]
     return torch.stack([step.reshape(()) for step in steps]).to(device, torch.float32)
+
+
+def _scalar(t: Tensor, device: torch.device) -> Tensor:
+    """One fp32 number on a device; the host does not wait for it."""
+    return t.reshape(()).to(device, torch.float32, non_blocking=True)
 
 
 def _order(t: Tensor) -> tuple[int, ...]:
