@@ -8,19 +8,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onebit.benchmarks import record
+from onebit.benchmarks import console, record
+from onebit.benchmarks.gpu_host import host_microseconds
 from onebit.benchmarks.gpu_timing import CODEC, against, differing, make_row, report, timed
 from onebit.benchmarks.row import Row
-from onebit.comm import CompressedAllreduce, run_threads
+from onebit.comm import Backend, CompressedAllreduce, run_threads
 
 MI = 1 << 20
+BUCKETS_MB = (128, 256, 512, 2048)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,19 +32,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON results")
     flags.add_argument("--mega", type=int, default=300, help="Mi elements of the largest tensor")
     flags.add_argument("-n", "--iters", type=int, default=15, help="timed rounds")
+    flags.add_argument(
+        "--only",
+        choices=["averages", "buckets", "host"],
+        help="one of what is measured under torchrun: times of averages "
+        "of several sizes, the largest in buckets of several sizes, host time of a small one",
+    )
     options = flags.parse_args(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
+    rows: list[Row] = []
+    figures: dict[str, dict[str, float]] = {}
     if ranks == 1:
         rows = kernels(options.mega * MI, device, options.iters)
     else:
         dist.init_process_group("nccl", device_id=device)
-        sizes = [size * MI for size in (1, 8, 64, options.mega)]
-        rows = [row for size in sizes for row in averages(size, device, options.iters)]
+        if options.only in (None, "averages"):
+            sizes = [size * MI for size in (1, 8, 64, options.mega)]
+            rows += [row for size in sizes for row in averages(size, device, options.iters)]
+        if options.only in (None, "buckets"):
+            rows += buckets(options.mega * MI, device, options.iters)
+        if options.only in (None, "host"):
+            figures["host_us"] = host_microseconds(_input(MI, dist.get_rank()).to(device))
     wrong = sum(row.wrong or 0 for row in rows)
     if int(os.environ.get("RANK", "0")) == 0:
-        report("cuda-kernels" if ranks == 1 else f"nccl-{ranks}", ranks, options.iters, rows, options.output)
+        report("cuda-kernels" if ranks == 1 else f"nccl-{ranks}", ranks, options.iters, rows, options.output, **figures)
+        _show_host(figures.get("host_us", {}))
     sys.stdout.flush()
     os._exit(min(wrong, 1))  # NCCL's own clean-up waits for captured graphs
 
@@ -116,6 +133,31 @@ def averages(numel: int, device: torch.device, rounds: int) -> list[Row]:
     return rows
 
 
+def buckets(numel: int, device: torch.device, rounds: int) -> list[Row]:
+    """The mean over ranks of one large fp32 tensor, in buckets of several sizes, which are pipelined."""
+    x = _input(numel, dist.get_rank()).to(device)
+    rows = []
+    for bucket_mb in BUCKETS_MB:
+        average = CompressedAllreduce(x, bucket_mb=bucket_mb)
+        wrong = _wrong_average(average, numel, torch.float32, device)
+        counted = average.stats.wire_bytes // average.stats.calls
+        for case, overlap in (("", False), (", started and waited for", True)):
+            times = timed(partial(_average, average, x, overlap), rounds, 1)
+            name = f"compressed, {len(average.parts)} of {bucket_mb} MiB{case}"
+            rows.append(make_row(name, torch.float32, numel, 4 * numel, times, wrong, counted))
+    return rows
+
+
+def _average(average: CompressedAllreduce, x: Tensor, overlap: bool) -> None:
+    average.start(x, overlap=overlap).wait()
+
+
+def _show_host(times: Mapping[str, float]) -> None:
+    rows = [{"1 Mi fp32": name, "host µs": f"{spent:.1f}"} for name, spent in times.items()]
+    if rows:
+        console.show_table("host time per call", list(rows[0]), rows)
+
+
 def _averages_of(numel: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[Row]:
     ranks = dist.get_world_size()
     x = _input(numel, dist.get_rank()).to(device, dtype)
@@ -143,24 +185,29 @@ def _averages_of(numel: int, dtype: torch.dtype, device: torch.device, rounds: i
 
 def _wrong_average(average: CompressedAllreduce, numel: int, dtype: torch.dtype, device: torch.device) -> int:
     """Elements, of two averages in a row, that differ from those of ranks that are threads with CPU tensors."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for _ in range(2):
+        mine = _input(numel, dist.get_rank()).to(device, dtype)
+        average(mine)
+    average.residual.reset()
+    wrong = torch.tensor(differing(mine, _right_average(numel, dtype)), device=device)
+    dist.all_reduce(wrong)
+    return int(wrong)
 
-    def on_cpu(backend: object) -> Tensor | None:
-        tensors = [_input(numel, backend.rank).to(dtype) for _ in range(2)]  # type: ignore[attr-defined]
+
+@lru_cache(1)  # buckets of several sizes have one result
+def _right_average(numel: int, dtype: torch.dtype) -> Tensor:
+    """The second of two averages of ranks that are threads with CPU tensors."""
+
+    def on_cpu(backend: Backend) -> Tensor | None:
+        tensors = [_input(numel, backend.rank).to(dtype) for _ in range(2)]
         same = CompressedAllreduce(tensors[0], backend, bucket_mb=4 * numel / MI)
         for tensor in tensors:
             same(tensor)
-        return tensors[1] if backend.rank == rank else None  # type: ignore[attr-defined]
+        return tensors[1] if backend.rank == dist.get_rank() else None
 
-    for _ in range(2):
-        mine = _input(numel, rank).to(device, dtype)
-        average(mine)
-    average.residual.reset()
-    expected = run_threads(ranks, on_cpu, timeout=300.0)[rank]
-    assert expected is not None
-    wrong = torch.tensor(differing(mine, expected), device=device)
-    dist.all_reduce(wrong)
-    return int(wrong)
+    right = run_threads(dist.get_world_size(), on_cpu, timeout=300.0)[dist.get_rank()]
+    assert right is not None
+    return right
 
 
 def _input(numel: int, rank: int) -> Tensor:
