@@ -469,7 +469,7 @@ class FusedAdamSuite:
             return loss
 
         first = optimizer.step(closure)
-        assert float(closure()) < float(first)
+        assert closure().item() < first.item()
 
 
 def arrange(values: Tensor, order: str, device: str) -> Tensor:
