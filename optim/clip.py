@@ -59,8 +59,11 @@ def clip_grad_norm_(
             "skip the step"
         )
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # torch's own rule
+    for place, listed in _by_device([g for g in gradients if g.layout == torch.strided]).items():
+        torch._foreach_mul_(listed, factor.to(place))
     for gradient in gradients:
-        gradient.mul_(factor.to(gradient.device))
+        if gradient.layout != torch.strided:
+            gradient.mul_(factor.to(gradient.device))
     return total
 
 
@@ -89,7 +92,7 @@ def _parameters(
 def _norm(gradients: Sequence[Tensor], p: float, device: torch.device) -> Tensor:
     """This rank's norm over all gradients, as torch computes it: the norm of the tensors' norms."""
     dense = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in gradients]
-    norms = [torch.linalg.vector_norm(g, p) if g.numel() else g.new_zeros(()) for g in dense]
+    norms = [norm for listed in _by_device(dense).values() for norm in torch._foreach_norm(listed, p)]
     if not norms:
         return torch.zeros((), device=device)
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), p)
@@ -106,6 +109,16 @@ def _over_ranks(norm: Tensor, p: float, group: Backend) -> Tensor:
     group.all_gather(theirs, mine).wait()
     largest = theirs.max()
     if p == math.inf:
-        return largest.to(norm)
+        return largest.to(norm.device, torch.float32)
     scaled = theirs / torch.where(largest > 0, largest, 1.0)  # a large p must not overflow
-    return torch.where(largest.isfinite(), scaled.pow(p).mean().pow(1 / p) * largest, largest).to(norm)
+    mean = torch.where(largest.isfinite(), scaled.pow(p).mean().pow(1 / p) * largest, largest)
+    return mean.to(norm.device, torch.float32)
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """Those that have elements, in their order."""
+    places: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            places.setdefault(tensor.device, []).append(tensor)
+    return places
