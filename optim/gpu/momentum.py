@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,13 +14,14 @@ from onebit.comm.part import Part
 from onebit.compress import SignCodec
 from onebit.compress.gpu.module import launch
 from onebit.compress.gpu.operators import in_two_visits
-from onebit.optim.gpu.blocks import Group, Places, groups, numels
-from onebit.optim.gpu.operands import TYPES, operand
+from onebit.optim.gpu.blocks import Group, Places, numels
+from onebit.optim.gpu.operands import TYPES, Operand, operand, sorted_blocks
 
 name = "gpu"
 
-_SOURCE = Path(__file__).parent / "momentum.cu"
+_SOURCE = str(Path(__file__).parent / "momentum.cu")
 _ONE_VISIT = 0
+_ENCODED = "encoded"
 _UNDO_THREADS = 1 << 18  # a few per multiprocessor; they loop, for nearly always there is nothing to undo
 
 
@@ -39,7 +41,8 @@ def encode_momentum(
     l2: float,
 ) -> None:
     """As `StepKernels.encode_momentum`."""
-    local = _Local(part, grads, momentum, params, beta1, alpha, l2)
+    local = _Local(part, grads, momentum, params, (beta1, alpha, l2))
+    part.layout.cache[_ENCODED] = local
     layout, device, out, squared = part.layout, part.sent.device, part.sent.data_ptr(), int(part.squared)
     for group in local.groups:
         if group.full.n:
@@ -70,8 +73,8 @@ def undo_encode(
     l2: float,
     proceed: Tensor | None = None,
 ) -> None:
-    """As `StepKernels.undo_encode`."""
-    local = _Local(part, grads, momentum, params, beta1, alpha, l2)
+    """As `StepKernels.undo_encode`; `encode_momentum` has told the device of the same arguments."""
+    local: _Local = part.layout.cache[_ENCODED]
     rest = (part.sent.data_ptr(), _address(proceed), *_sizes(part))
     for group in local.groups:
         for places in (group.full, group.others):
@@ -94,11 +97,11 @@ def decode_update(
     """As `StepKernels.decode_update`."""
     layout, device = part.layout, part.gathered.device
     param = operand("params", params, layout, device)
-    master = operand("masters", masters, layout, device)
-    variance = operand("variances", variances, layout, device)
-    kinds = param.types + 4 * master.present
-    fast = param.aligned & master.aligned & variance.aligned & (part.mask is None)
-    for group in groups(layout, device, kinds, fast):
+    master = operand("masters", masters, layout, device, fp32=True)
+    variance = operand("variances", variances, layout, device, fp32=True)
+    operands, plain = (param, master, variance), part.mask is None
+    groups = sorted_blocks("update", layout, device, operands, plain, lambda: param.types + 4 * master.present)
+    for group in groups:
         for places, kernel in ((group.full, _update_kernel(group.kind)), (group.others, "update_any")):
             if places.n:
                 arguments = (
@@ -141,34 +144,35 @@ class _Local:
         grads: Sequence[Tensor | None],
         momentum: Sequence[Tensor] | Tensor,
         params: Sequence[Tensor],
-        beta1: float,
-        alpha: float,
-        l2: float,
+        factors: tuple[float, float, float],
     ) -> None:
         layout, device = part.layout, part.residual.device
-        grad = operand("grads", grads, layout, device)
-        param = operand("encoded params", params, layout, device) if l2 else None
         self._part = part
+        grad = operand("grads", grads, layout, device)
+        operands = [grad, operand("encoded params", params, layout, device)] if factors[2] else [grad]
+        packed = isinstance(momentum, Tensor)
         if isinstance(momentum, Tensor):
             self._momentum = (0, momentum.data_ptr())
         else:
-            self._momentum = (operand("momenta", momentum, layout, device).address, 0)
-        self._grads, self._params = grad.address, 0 if param is None else param.address
-        self._factors = (_bits(beta1), _bits(alpha), _bits(l2))
+            self._momentum = (operand("momenta", momentum, layout, device, fp32=True).address, 0)
+        self._tables = [o.address for o in operands] + [0] * (2 - len(operands))
+        self._factors = tuple(map(_bits, factors))
         self._numels = numels(layout, device).data_ptr()
-        plain = isinstance(momentum, Tensor) and part.mask is None and part.residual.data_ptr() % 16 == 0
-        fast = grad.aligned & plain
-        kinds = grad.types
-        if param is not None:
-            kinds, fast = kinds + 4 * param.types, fast & param.aligned
-        self.groups = groups(layout, device, kinds, fast)
+        plain = packed and part.mask is None and part.residual.data_ptr() % 16 == 0
+        self.groups = sorted_blocks("encode", layout, device, operands, plain, lambda: _kinds(operands))
 
     def arguments(self, places: Places, group: Group) -> tuple[int, ...]:
         """LOCAL_ARGUMENTS of momentum.cu."""
         part = self._part
-        tensors = (self._grads, group.kind % 4, self._params, group.kind // 4, *self._momentum)
+        grads, params = self._tables
+        tensors = (grads, group.kind % 4, params, group.kind // 4, *self._momentum)
         buffers = (part.residual.data_ptr(), _address(part.mask))
         return places.address, places.n, self._numels, *tensors, *buffers, *self._factors
+
+
+def _kinds(operands: Sequence[Operand]) -> npt.NDArray[np.int64]:
+    """The types of gradients, and 4 times those of the parameters where they are read."""
+    return sum((4**i * o.types for i, o in enumerate(operands[1:], 1)), operands[0].types)
 
 
 def _update_kernel(kind: int) -> str:

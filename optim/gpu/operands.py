@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from onebit.compress.gpu.pointers import Pointers
 from onebit.compress.layout import Layout
+from onebit.optim.gpu.blocks import Group, groups
 
 TYPES = ("f32", "bf16", "f16")  # numbered as `Type` in momentum.cu
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,40 +24,71 @@ class Operand:
 
     Attributes:
         pointers: their addresses on the device.
-        dtypes: of each, None for a tensor that is not there.
+        version: grows with every change.
         types: (k,) int64, numbers of TYPES; a tensor that is not there has that of the first one that is.
         present: (k,) int64, 1 or 0.
         aligned: (k,) bool, addresses are multiples of 16.
     """
 
     pointers: Pointers
-    dtypes: list[torch.dtype | None] = field(default_factory=list)
+    version: int = 0
     types: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     present: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     aligned: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    _dtypes: list[torch.dtype | None] = field(default_factory=list)
 
     @property
     def address(self) -> int:
         """Of the table of addresses."""
         return self.pointers.address
 
-    def send(self, tensors: Sequence[Tensor | None]) -> None:
-        """Tell the device of these tensors, if they are not the ones it knows."""
-        dtypes = [None if t is None else t.dtype for t in tensors]
-        if not self.pointers.update(tensors) and dtypes == self.dtypes:
+    def send(self, tensors: Sequence[Tensor | None], fp32: bool) -> None:
+        """Tell the device of these tensors, all of them fp32 or any, if they are not the ones it knows."""
+        dtypes = self._dtypes if fp32 and self.version else [None if t is None else t.dtype for t in tensors]
+        if not self.pointers.update(tensors) and self.version and dtypes == self._dtypes:
             return
-        self.dtypes = dtypes
+        self.version += 1
+        self._dtypes = dtypes
         absent = next((_NUMBERS[d] for d in dtypes if d is not None), 0)
         self.types = np.array([absent if d is None else _NUMBERS[d] for d in dtypes], np.int64)
-        self.present = np.array([d is not None for d in dtypes], np.int64)
+        self.present = np.array([t is not None for t in tensors], np.int64)
         self.aligned = np.array([t is None or t.data_ptr() % 16 == 0 for t in tensors], np.bool_)
 
 
-def operand(role: str, tensors: Sequence[Tensor | None], layout: Layout, device: torch.device) -> Operand:
-    """The operand that plays `role` for the tensors of a layout, sent to the device; it is kept with the layout."""
+def operand(
+    role: str, tensors: Sequence[Tensor | None], layout: Layout, device: torch.device, *, fp32: bool = False
+) -> Operand:
+    """The operand that plays `role` for the tensors of a layout, sent to the device; it is kept with the layout.
+
+    Args:
+        fp32: all tensors are, whatever they are; saves looking.
+    """
     key = ("operand", role, device)
     if key not in layout.cache:
         layout.cache[key] = Operand(Pointers(len(tensors), device))
     kept: Operand = layout.cache[key]
-    kept.send(tensors)
+    kept.send(tensors, fp32)
     return kept
+
+
+def sorted_blocks(
+    purpose: str,
+    layout: Layout,
+    device: torch.device,
+    operands: Sequence[Operand],
+    plain: bool,
+    kinds: Callable[[], npt.NDArray[np.int64]],
+) -> tuple[Group, ...]:
+    """The groups of blocks for launches that serve `purpose`; sorted anew only when an operand has changed.
+
+    Args:
+        operands: those whose addresses the fast kernels need aligned.
+        plain: nothing else keeps the fast kernels from these blocks.
+        kinds: gives each tensor's kind.
+    """
+    key, known = ("sorted", purpose, device), (plain, *[o.version for o in operands])
+    kept: tuple[tuple[int, ...], tuple[Group, ...]] | None = layout.cache.get(key)
+    if kept is None or kept[0] != known:
+        fast = np.logical_and.reduce([o.aligned for o in operands]) & plain
+        kept = layout.cache[key] = (known, groups(layout, device, kinds(), fast))
+    return kept[1]
