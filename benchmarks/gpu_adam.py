@@ -1,0 +1,215 @@
+"""`python -m onebit.benchmarks.gpu_adam`: FusedAdam on a GPU beside torch's fused and foreach AdamW.
+
+Updated parameters are compared with torch's before a time is taken. Bandwidth counts what a step has to read and write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onebit.benchmarks import console, record
+from onebit.benchmarks.gpu_steps import bert_large
+from onebit.benchmarks.gpu_timing import against, make_row, report, timed
+from onebit.benchmarks.row import Row
+from onebit.optim import FusedAdam
+from onebit.optim.gpu import adam
+from onebit.optim.gpu.adam_step import Kind, Shapes, Step
+
+MI = 1 << 20
+MANY = [(1000,)] * 10_000
+LR = 1e-3
+CHECKED_STEPS = 3
+HOST_CALLS = 15
+BARS = {"": 0.85, " BERT-Large": 0.78, " 10,000 × 1,000": 0.2}  # of the time of torch's fused AdamW
+COPY_BAR = 0.93  # of the bandwidth of a copy
+# Vectors of four elements per thread, and thread blocks that a multiprocessor holds at least.
+VARIANTS = [(1, 1), (1, 5), (1, 6), (1, 8), (2, 1), (2, 3), (2, 4), (2, 5), (4, 1), (4, 3)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: everything was right; 1: something was wrong."""
+    flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.gpu_adam", description=__doc__)
+    flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON results")
+    flags.add_argument("--mega", type=int, default=300, help="Mi elements of the largest tensor")
+    flags.add_argument("-n", "--iters", type=int, default=15, help="timed rounds")
+    options = flags.parse_args(arguments)
+    large = [(options.mega * MI,)]
+    figures: dict[str, object] = {"adam_kernels": _first_step()}
+    rows = [copy_row(options.mega * MI, options.iters)]
+    host: dict[str, float] = {}
+    for suffix, shapes in (("", large), (" BERT-Large", bert_large()), (" 10,000 × 1,000", MANY)):
+        rows += optimizers(suffix, shapes, options.iters, host)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows += reduced(options.mega * MI, dtype, options.iters)
+    rows += variants(options.mega * MI, options.iters)
+    for row in rows[1:]:
+        row.ratios.update(against("copy", row, rows[0]))
+    figures |= {"host_us": host, "bars": bars(rows)}
+    report("adam", 1, options.iters, rows, options.output, **figures)
+    for name, microseconds in host.items():
+        console.say(f"host, {name}: {microseconds:.0f} µs a step")
+    for line in (figures["adam_kernels"], *bars(rows)):
+        console.say(str(line))
+    sys.stdout.flush()
+    return min(sum(row.wrong or 0 for row in rows), 1)
+
+
+def _first_step() -> str:
+    p = torch.zeros(10, device="cuda", requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = FusedAdam([p])
+    start = time.perf_counter()
+    optimizer.step()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return (
+        f"kernels: {optimizer.kernels}; the first step of this process took {seconds:.2f} s, compiling or loading them"
+    )
+
+
+def copy_row(numel: int, rounds: int) -> Row:
+    """What the memory can do."""
+    x, y = torch.randn(numel, device="cuda"), torch.empty(numel, device="cuda")
+    return make_row("copy", x.dtype, numel, 8 * numel, timed(lambda: y.copy_(x), rounds), int((x != y).sum()))
+
+
+def optimizers(suffix: str, shapes: Sequence[tuple[int, ...]], rounds: int, host: dict[str, float]) -> list[Row]:
+    """Ours, ours as a captured graph, and torch's two, on fp32 parameters of these shapes; `host` gets µs per step."""
+    params = _parameters(shapes)
+    numel = sum(p.numel() for p in params)
+    wrong = _wrong(params)
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "FusedAdam": lambda: FusedAdam(params, LR),
+        "AdamW(fused=True)": lambda: torch.optim.AdamW(params, LR, fused=True),
+        "AdamW(foreach=True)": lambda: torch.optim.AdamW(params, LR, foreach=True),
+    }
+    rows: list[Row] = []
+    for name, make in makers.items():
+        optimizer = make()
+        times = timed(optimizer.step, rounds)
+        rows.append(make_row(f"{name}{suffix}", torch.float32, numel, 28 * numel, times, None if rows else wrong))
+        host[f"{name}{suffix}"] = _host_microseconds(optimizer.step)
+        del optimizer
+    captured = FusedAdam(params, LR, capturable=True)
+    times = timed(_graph_of(captured.step).replay, rounds)
+    rows.append(make_row(f"FusedAdam replayed{suffix}", torch.float32, numel, 28 * numel, times, None))
+    for row in rows:
+        row.ratios.update(against("fused", row, rows[1], by_time=True))
+    return rows
+
+
+def reduced(numel: int, gradient: torch.dtype, rounds: int) -> list[Row]:
+    """Bf16 parameters without and with fp32 copies; their gradients are bf16 or, as a parameter's may be, fp32."""
+    p = torch.randn(numel, device="cuda").bfloat16().requires_grad_()
+    if gradient != p.dtype:
+        if not hasattr(p, "grad_dtype"):
+            return []
+        p.grad_dtype = gradient
+    p.grad = torch.randn(numel, device="cuda").to(gradient)
+    rows = []
+    for master in (False, True):
+        optimizer = FusedAdam([p], LR, master_weights=master)
+        moved = 16 + gradient.itemsize + (2 + 8 if master else 4)
+        case = f"FusedAdam, {str(gradient).removeprefix('torch.')} gradient{', master' * master}"
+        rows.append(make_row(case, p.dtype, numel, moved * numel, timed(optimizer.step, rounds), None))
+        del optimizer
+    return rows
+
+
+def variants(numel: int, rounds: int) -> list[Row]:
+    """Other numbers of elements per thread and of thread blocks per multiprocessor, on one fp32 tensor."""
+    memory = [torch.zeros(numel, device="cuda") for _ in range(4)]
+    memory[1].normal_()
+    p, g, m, v = memory
+    steps = torch.zeros(1, device="cuda")
+    shapes = Shapes((numel,), (Kind(p.dtype, g.dtype, False),), (0,))
+    options = FusedAdam([torch.nn.Parameter(p)], LR).param_groups
+    states = [{"exp_avg": m, "exp_avg_sq": v}]
+    addresses = [p.data_ptr(), m.data_ptr(), v.data_ptr(), 0]
+    step = Step([p], [g], states, addresses, [g.data_ptr()], options, None, None)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for vectors, resident in VARIANTS:
+            source = Path(folder) / f"adam_{vectors}_{resident}.cu"
+            source.write_text(_variant(vectors, resident))
+            launches = adam.AdamLaunches(shapes, steps, source, vectors)
+            times = timed(lambda launches=launches: launches(step), rounds)  # type: ignore[misc]
+            case = f"variant: {vectors} vectors, ≥ {resident} blocks"
+            rows.append(make_row(case, p.dtype, numel, 28 * numel, times, None))
+    return rows
+
+
+def _variant(vectors: int, resident: int) -> str:
+    """The source with the one kernel that is compared."""
+    head, _ = adam.SOURCE.read_text().split("#define GRADIENTS")
+    bounds = head.replace("__launch_bounds__(THREADS) adam_##", f"__launch_bounds__(THREADS, {resident}) adam_##")
+    return f"#define VECTORS {vectors}\n{bounds}\nADAM(f32_f32, f32, f32, false)\n"
+
+
+def bars(rows: Sequence[Row]) -> list[str]:
+    """What was to be reached, and what was."""
+    found = {row.case: row for row in rows}
+    lines = []
+    for suffix, bar in BARS.items():
+        ratio = found[f"FusedAdam{suffix}"].time.median / found[f"AdamW(fused=True){suffix}"].time.median
+        lines.append(f"FusedAdam{suffix}: {ratio:.3f} of the time of torch's fused AdamW; the bar is {bar}")
+    fraction = found["FusedAdam"].algbw / found["copy"].algbw
+    return [*lines, f"FusedAdam: {fraction:.3f} of the bandwidth of a copy; the bar is {COPY_BAR}"]
+
+
+def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    params = [torch.randn(s, device="cuda", generator=generator).requires_grad_() for s in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, device="cuda", generator=generator)
+    return params
+
+
+def _wrong(params: Sequence[Tensor]) -> int:
+    """Elements that a few steps of ours and of torch's leave further apart than fp32 rounding explains."""
+    ends = []
+    for make in (FusedAdam, torch.optim.AdamW):
+        copies = [p.detach().clone().requires_grad_() for p in params]
+        for p, copy in zip(params, copies, strict=True):
+            copy.grad = p.grad
+        optimizer = make(copies, LR)
+        for _ in range(CHECKED_STEPS):
+            optimizer.step()
+        ends.append(copies)
+    # Each element is near its own value and near what was added to it, whichever is larger, to ten units of 2^-24.
+    bound = 10 * 2.0**-24
+    return sum(int(((a - b).abs() > bound * (b.abs() + CHECKED_STEPS * LR)).sum()) for a, b in zip(*ends, strict=True))
+
+
+def _graph_of(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def _host_microseconds(step: Callable[[], object]) -> float:
+    """Median time until a step returns, the device being idle when it starts."""
+    times = []
+    for _ in range(HOST_CALLS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e6 * statistics.median(times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
