@@ -26,7 +26,8 @@ class Run:
         batch: samples per step, of all ranks together, so that any number of ranks sees the same ones.
         warmup: share of the steps that are warm-up of a 1-bit optimizer; the learning rate warms up in half of them.
         lr: the peak learning rate.
-        beta2: such that a variance frozen after warm-up has forgotten the first steps.
+        beta2: for Adam such that a variance frozen after warm-up has forgotten the first steps; for LAMB larger, for
+            OnebitLamb's factor is a maximum over entries and sees what chance there is in a short mean.
         width, layers, heads, context: the transformer's; `width` is that of the hidden layers for "digits".
         held_out_batches: batches of held-out samples, as large as those of training.
         evaluations: how many times in the run the held-out loss is taken.
@@ -41,7 +42,7 @@ class Run:
     lr: float
     weight_decay: float
     warmup: float = 0.15
-    beta2: float = 0.95
+    beta2: float
     width: int
     layers: int
     heads: int = 1
@@ -62,26 +63,26 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings of a task; each family of optimizers has a learning rate of its own."""
+    """The settings of a task; each family of optimizers, named by its baseline, has some of its own."""
 
     common: dict[str, object]
-    lr: dict[str, float]
+    family: dict[str, dict[str, object]]
 
     def run(self, task: str, optimizer: str, ranks: int, seed: int, changes: dict[str, object]) -> Run:
         """One run of the task, with some settings changed."""
-        given = {"lr": self.lr[BASELINE[optimizer]], **self.common, **changes}
+        given = {**self.common, **self.family[BASELINE[optimizer]], **changes}
         return Run(task=task, optimizer=optimizer, ranks=ranks, seed=seed, **given)  # type: ignore[arg-type]
 
 
 RECIPES = {
     # One core of a common machine makes one run in about a minute.
     "digits": Recipe(
-        common={"steps": 1000, "batch": 64, "weight_decay": 0.1, "width": 128, "layers": 2, "held_out_batches": 6},
-        lr={"adamw": 2e-3, "lamb": 1e-2},
+        common={"steps": 2000, "batch": 64, "weight_decay": 0.1, "width": 128, "layers": 2, "held_out_batches": 6},
+        family={"adamw": {"lr": 3e-3, "beta2": 0.95}, "lamb": {"lr": 1e-2, "beta2": 0.999}},
     ),
     "bytes": Recipe(
         common={"steps": 600, "batch": 16, "weight_decay": 0.01, "width": 96, "layers": 3, "heads": 3, "context": 96},
-        lr={"adamw": 3e-3, "lamb": 1e-2},
+        family={"adamw": {"lr": 3e-3, "beta2": 0.95}, "lamb": {"lr": 1e-2, "beta2": 0.999}},
     ),
     # 125 million parameters; one H200 makes a step in some 30 ms.
     "gpt": Recipe(
@@ -95,7 +96,7 @@ RECIPES = {
             "context": 512,
             "held_out_batches": 32,
         },
-        lr={"adamw": 6e-4, "lamb": 4e-3},
+        family={"adamw": {"lr": 6e-4, "beta2": 0.95}, "lamb": {"lr": 4e-3, "beta2": 0.999}},
     ),
 }
 
