@@ -211,7 +211,9 @@ def test_a_resumed_run_freezes_at_the_same_step_and_goes_on_bit_for_bit(world_si
         seen, checkpoints = [], []
         for number in range(40):
             checkpoints.append(
-                through_a_file([[p.detach() for p in params], optimizer.state_dict(), scheduler.state_dict()])
+                through_a_file(
+                    {"p": params[0].detach(), "optimizer": optimizer.state_dict(), "schedule": scheduler.state_dict()}
+                )
             )
             step(optimizer, STEADY(params, backend.rank, number))
             scheduler.step()
@@ -221,9 +223,9 @@ def test_a_resumed_run_freezes_at_the_same_step_and_goes_on_bit_for_bit(world_si
         for start in range(1, 40, 3):
             optimizer, params, scheduler = make(backend)
             with torch.no_grad():
-                params[0].copy_(checkpoints[start][0][0])
-            optimizer.load_state_dict(checkpoints[start][1])
-            scheduler.load_state_dict(checkpoints[start][2])
+                params[0].copy_(checkpoints[start]["p"])
+            optimizer.load_state_dict(checkpoints[start]["optimizer"])
+            scheduler.load_state_dict(checkpoints[start]["schedule"])
             for number in range(start, min(start + 14, 40)):
                 step(optimizer, STEADY(params, backend.rank, number))
                 scheduler.step()

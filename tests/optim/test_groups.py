@@ -48,14 +48,14 @@ def test_a_dense_group_goes_on_after_a_save_and_holds_no_error_feedback() -> Non
         optimizer, params = make(backend)
         for number in range(5):
             step(optimizer, gradients(params, backend.rank, number))
-        checkpoint = through_a_file([[p.detach() for p in params], optimizer.state_dict()])
-        assert "worker" not in checkpoint[1]["onebit"]["residuals"][0]
+        checkpoint = through_a_file({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()})
+        assert "worker" not in checkpoint["optimizer"]["onebit"]["residuals"][0]
         step(optimizer, gradients(params, backend.rank, 5))
         resumed, copies = make(backend)
         with torch.no_grad():
-            for p, value in zip(copies, checkpoint[0], strict=True):
+            for p, value in zip(copies, checkpoint["params"], strict=True):
                 p.copy_(value)
-        resumed.load_state_dict(checkpoint[1])
+        resumed.load_state_dict(checkpoint["optimizer"])
         assert resumed.phase(0) == "dense"
         step(resumed, gradients(copies, backend.rank, 5))
         assert (contents(resumed), feedback(resumed)) == (contents(optimizer), feedback(optimizer))
@@ -67,13 +67,13 @@ def test_switching_compression_off_for_a_group_makes_its_next_step_dense() -> No
     def train(backend: Backend) -> list[tuple[str, int]]:
         params = [Parameter(torch.zeros(4096))]
         optimizer = OnebitAdam(params, freeze_step=2, backend=backend)
-        seen = []
+        seen: list[tuple[str, int]] = []
         for number in range(6):
             optimizer.param_groups[0]["compress"] = number < 4
             before = optimizer.stats.wire_bytes
-            seen.append(optimizer.phase())
+            phase = optimizer.phase()
             step(optimizer, gradients(params, backend.rank, number))
-            seen[-1] = (seen[-1], optimizer.stats.wire_bytes - before)
+            seen.append((phase, optimizer.stats.wire_bytes - before))
         return seen
 
     dense, small = 4 * (4096 + 2), 2 * (4096 // 2 // 8 + 16)

@@ -56,7 +56,7 @@ def test_masters_are_bit_equal_to_fp32_parameters_and_parameters_are_their_round
 def test_updates_too_small_for_half_precision_add_up(world_size: int, dtype: torch.dtype) -> None:
     def train(backend: Backend, master_weights: bool) -> float:
         p = Parameter(torch.ones(200, dtype=dtype))
-        options = {"freeze_step": 5, "lr": 1e-4, "weight_decay": 0.0, "master_weights": master_weights}
+        options: dict[str, Any] = {"freeze_step": 5, "lr": 1e-4, "weight_decay": 0.0, "master_weights": master_weights}
         optimizer = OnebitAdam([p], backend=backend, **options)
         for _ in range(100):
             step(optimizer, [torch.ones(200)])
@@ -94,15 +94,16 @@ def test_masters_are_saved_and_a_resumed_run_is_bit_equal(world_size: int) -> No
         optimizer, params = make(backend)
         seen, checkpoints = [], []
         for number in range(9):
-            checkpoints.append(through_a_file([[p.detach() for p in params], optimizer.state_dict()]))
+            held = {"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}
+            checkpoints.append(through_a_file(held))
             step(optimizer, gradients(params, backend.rank, number))
             seen.append((contents(optimizer), feedback(optimizer)))
         for start in range(9):
             optimizer, params = make(backend)
             with torch.no_grad():
-                for p, value in zip(params, checkpoints[start][0], strict=True):
+                for p, value in zip(params, checkpoints[start]["params"], strict=True):
                     p.copy_(value)
-            optimizer.load_state_dict(checkpoints[start][1])
+            optimizer.load_state_dict(checkpoints[start]["optimizer"])
             for number in range(start, 9):
                 step(optimizer, gradients(params, backend.rank, number))
                 assert (contents(optimizer), feedback(optimizer)) == seen[number]
