@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,9 +12,11 @@ from torch import Tensor
 from onebit.comm import CompressedWork
 from onebit.comm.tensors import all_finite
 from onebit.compress import SignCodec
-from onebit.optim.base import EXTRA, CompressedOptimizer
+from onebit.optim.base import EXTRA
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.fused_groups import FusedGroups
+from onebit.optim.known import known_indices
 from onebit.optim.local_steps import (
     KEPT,
     MEAN,
@@ -30,14 +31,14 @@ from onebit.optim.local_steps import (
     sync_step,
 )
 from onebit.optim.master import fp32_values, write_back
-from onebit.optim.moments import adam_state, dead_masks, local_momenta
+from onebit.optim.moments import adam_state, local_momenta
 from onebit.optim.options import check_adam_options, check_flags
 from onebit.optim.policies import SyncPolicy, VariancePolicy
 
 _log = logging.getLogger(__name__)
 
 
-class ZeroOneAdam(CompressedOptimizer):
+class ZeroOneAdam(FusedGroups):
     """Adam or AdamW whose ranks meet in ever fewer steps, and then exchange about one bit per parameter.
 
     With m, v, x as in Adam, γ = lr / (1-β₁ᵗ), D = √(v / (1-β₂ᵏ)) + ε and k the number of variance steps so far:
@@ -121,7 +122,6 @@ class ZeroOneAdam(CompressedOptimizer):
         }
         self.left_out_steps = 0
         self._left_out_now = False
-        self._dead: WeakKeyDictionary[GroupReducers, list[Tensor] | None] = WeakKeyDictionary()
         super().__init__(
             params,
             defaults,
@@ -134,7 +134,8 @@ class ZeroOneAdam(CompressedOptimizer):
 
     def phase(self, group: int = 0) -> str:
         """How the next step of a parameter group is planned: ``"variance"``, ``"sync"`` or ``"local"``."""
-        return _kind(self.param_groups[group])
+        self._pending.wait()
+        return _kind(self.param_groups[group], self.param_groups[group]["step"])
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -167,35 +168,34 @@ class ZeroOneAdam(CompressedOptimizer):
         check_flags("ZeroOneAdam", group, "adamw_mode", "bias_correction", "maximize")
         _policies(group)
 
+    def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
+        return len({_kind(group, group["step"] + made) for made in range(unknown + 1)}) > 1
+
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
-        kind = _kind(group)
-        if kind == "variance" and not is_open(self._known(group)[1]):
+        kind, within = _kind(group, group["step"]), is_open(self._known(group)[1])
+        if kind == "sync" and not within and self.backend.size > 1:
+            fused = self._fused_step(group, reducers, self._known_gradients(group, reducers))
+            if fused is not None:
+                return fused
+        self._unfuse(group, reducers)
+        if kind == "variance" and not within:
             return _Variance(self, group, reducers)
         if kind == "local" and self.backend.size > 1:
             return _Local(self, group, reducers)
         return _Sync(self, group, reducers)
 
-    def _known(self, group: Mapping[str, Any]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """The parameters of a group that have a variance, and their states."""
-        params = [p for p in group["params"] if "exp_avg_sq" in self.state.get(p, {})]
-        return params, [self.state[p] for p in params]
-
-    def _dead_of(self, reducers: GroupReducers, variances: Sequence[Tensor]) -> list[Tensor] | None:
-        """Masks of the entries whose variance is 0; they change only in variance steps."""
-        if reducers not in self._dead:
-            self._dead[reducers] = dead_masks(variances)
-            reducers.remask(self._dead[reducers])
-        return self._dead[reducers]
+    def _known_gradients(self, group: Mapping[str, Any], reducers: GroupReducers) -> list[Tensor | None]:
+        """This rank's gradients of the parameters that have a variance; until the freeze others may get one."""
+        gradients = self._gradients(group)
+        listened = gradients if group["step"] >= group["var_freeze_step"] else []
+        return [gradients[i] for i in known_indices(group["params"], listened, self.state, reducers)]
 
     def _advance(
         self, group: Mapping[str, Any], reducers: GroupReducers, reach: Reach
     ) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's next momenta, β₁·m + (1-β₁)·gᵢ, and their mean over the interval, in new tensors; 0 if dead."""
         params, states = self._known(group)
-        known = set(params)
-        if group["step"] >= group["var_freeze_step"]:
-            self._warn_of_late(group, known, reducers)
-        gradients = [g for p, g in zip(group["params"], self._gradients(group), strict=True) if p in known]
+        gradients = self._known_gradients(group, reducers)
         values = [p.float() for p in params] if is_open(states) else fp32_values(params, states, group)
         momenta = local_momenta([s["exp_avg"] for s in states], gradients, values, group)
         dead = self._dead_of(reducers, [s["exp_avg_sq"] for s in states])
@@ -205,16 +205,6 @@ class ZeroOneAdam(CompressedOptimizer):
         if not is_open(states):
             return momenta, momenta
         return momenta, list(torch._foreach_lerp([s[MEAN] for s in states], momenta, reach.shares))
-
-    def _warn_of_late(self, group: Mapping[str, Any], known: set[Tensor], reducers: GroupReducers) -> None:
-        late = [i for i, p in enumerate(group["params"]) if p.grad is not None and p not in known]
-        if late and reducers.first_warning():
-            _log.warning(
-                "rank %d: parameters %s have had no gradient in any variance step, so they are not updated; give them "
-                "to add_param_group, where they have variance steps of their own",
-                self.backend.rank,
-                late,
-            )
 
     def _note_left_out(self) -> None:
         self._left_out_now = True
@@ -255,8 +245,8 @@ class _Variance:
         if not params:
             return
         if any("exp_avg_sq" not in optimizer.state.get(p, {}) for p in params):
-            self._reducers.renew()
-        optimizer._dead.pop(self._reducers, None)
+            optimizer._renew(self._reducers)
+        optimizer._forget_dead(self._reducers)
         states = [adam_state(optimizer.state, p) for p in params]
         values = fp32_values(params, states, group)
         gradients = _wanted([m for m, present in zip(mean.means, mean.present, strict=True) if present], values, group)
@@ -368,10 +358,9 @@ def _policies(group: Mapping[str, Any]) -> tuple[VariancePolicy, SyncPolicy]:
     )
 
 
-def _kind(group: Mapping[str, Any]) -> str:
-    """How the next step of a group is planned."""
+def _kind(group: Mapping[str, Any], step: int) -> str:
+    """How a group makes the step that follows its first `step` ones: a function of its options and progress alone."""
     variance, sync = _policies(group)
-    step = group["step"] + 1
-    if not group["compress"] or variance.updates(step):
+    if not group["compress"] or variance.updates(step + 1):
         return "variance"
-    return "sync" if sync.synchronises(step) else "local"
+    return "sync" if sync.synchronises(step + 1) else "local"

@@ -1,0 +1,96 @@
+"""Optimizers that make 1-bit Adam's compressed step among others, by fused kernels where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from onebit.optim.base import CompressedOptimizer
+from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.fused import FusedMomentum
+from onebit.optim.kernels import step_kernels
+from onebit.optim.moments import dead_masks
+
+
+class FusedGroups(CompressedOptimizer):
+    """Base of optimizers whose averaged momentum may stay signs and scales between steps; see `FusedMomentum`."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
+        self._fused: WeakKeyDictionary[GroupReducers, FusedMomentum] = WeakKeyDictionary()
+        self._dead: WeakKeyDictionary[GroupReducers, list[Tensor] | None] = WeakKeyDictionary()
+        super().__init__(params, defaults, **options)
+
+    @property
+    def kernels(self) -> str:
+        """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
+
+        Fused kernels come with the codec's own, on more than one rank. Between their steps the momentum is kept as it
+        was sent, so ``state_dict()`` has ``exp_avg`` but ``state`` does not.
+        """
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        fused = step_kernels(device, self._codec) if self.backend.size > 1 else None
+        return "torch" if fused is None else fused.name
+
+    def state_dict(self) -> dict[str, Any]:
+        packed: dict[str, Any] = super().state_dict()
+        for group, reducers, saved in zip(self.param_groups, self._of_groups(), packed["param_groups"], strict=True):
+            if reducers in self._fused:
+                known = [(i, p) for i, p in zip(saved["params"], group["params"], strict=True) if i in packed["state"]]
+                states = [packed["state"][i] for i, _ in known]
+                whole = self._fused[reducers].unfused([p for _, p in known], states)
+                packed["state"].update(zip([i for i, _ in known], whole, strict=True))
+        return packed
+
+    def _count_made(self, group: dict[str, Any]) -> None:
+        _, states = self._known(group)
+        if states:
+            torch._foreach_add_([s["step"] for s in states], 1.0)
+
+    def _known(self, group: Mapping[str, Any]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """The parameters of a group that have a variance, and their states."""
+        params = [p for p in group["params"] if "exp_avg_sq" in self.state.get(p, {})]
+        return params, [self.state[p] for p in params]
+
+    def _dead_of(self, reducers: GroupReducers, variances: Sequence[Tensor]) -> list[Tensor] | None:
+        """Masks of the entries whose variance is 0, remembered until `_forget_dead`, and told to the average."""
+        if reducers not in self._dead:
+            self._dead[reducers] = dead_masks(variances)
+            reducers.remask(self._dead[reducers])
+        return self._dead[reducers]
+
+    def _forget_dead(self, reducers: GroupReducers) -> None:
+        """The variance is about to change."""
+        self._dead.pop(reducers, None)
+
+    def _renew(self, reducers: GroupReducers) -> None:
+        """The list of parameters that have a variance is about to change."""
+        self._fused.pop(reducers, None)
+        reducers.renew()
+
+    def _unfuse(self, group: Mapping[str, Any], reducers: GroupReducers) -> None:
+        """Have the momentum in the states, in fp32; the next fused step starts from there."""
+        if reducers in self._fused:
+            self._fused[reducers].release(*self._known(group))
+
+    def _fused_step(
+        self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
+    ) -> Exchange | None:
+        """1-bit Adam's compressed step by fused kernels; None: there are none, or nothing to average.
+
+        Args:
+            gradients: of the parameters that have a variance.
+        """
+        params, states = self._known(group)
+        variances = [s["exp_avg_sq"] for s in states]
+        masks = self._dead_of(reducers, variances)
+        reduce = reducers.compressed(variances, lambda: masks)  # like the momenta
+        if reducers not in self._fused:
+            kernels = step_kernels(params[0].device, self._codec) if reduce.parts else None
+            if kernels is None:
+                return None
+            self._fused[reducers] = FusedMomentum(kernels, reduce, states)
+        return self._fused[reducers].exchange(group, params, states, gradients)
