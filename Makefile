@@ -10,6 +10,8 @@ NP     ?= 2
 RATE   ?= 1gbit
 
 VENV     := .venv
+PEER_VENV := out/peers
+DEEPSPEED := $(PEER_VENV)/.deepspeed
 BIN      := $(VENV)/bin
 PACKAGES := compress comm optim benchmarks
 
@@ -30,7 +32,7 @@ help: ## print this list
 	@sed -En 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
 		printf '%-12s %s\n' "$$target" "$$text"; done
 	@echo
-	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)'
+	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  PEERS=$(PEERS)'
 
 .PHONY: setup
 setup: $(INSTALLED) ## build .venv with the versions of constraints.txt; needs the network the first time only
@@ -65,6 +67,20 @@ bench: setup ## time kernels and collectives on this machine and check their res
 .PHONY: bench-net
 bench-net: setup ## the same over a link of RATE between two network namespaces; needs root
 	$(BIN)/python -m onebit.benchmarks.net --rate $(RATE)
+
+.PHONY: bench-adam
+bench-adam: setup $(if $(PEERS),$(DEEPSPEED)) ## time CPUAdam against torch's optimizers, and with PEERS=1 against DeepSpeed's; minutes
+	$(if $(PEERS),PATH="$(CURDIR)/$(PEER_VENV)/bin:$$PATH" $(PEER_VENV)/bin/python,$(BIN)/python) \
+		-m onebit.benchmarks.adam_suite $(if $(PEERS),--peers)
+
+# DeepSpeed's last release from PyPI, in an environment of its own that sees the packages of $(VENV); it builds its kernel
+# with g++ and ninja when it is first used.
+$(DEEPSPEED):
+	$(BIN)/python -m venv $(PEER_VENV)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(PEER_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/onebit.pth"
+	$(PEER_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation deepspeed ninja
+	touch $@
 
 .PHONY: wheel
 wheel: setup ## build dist/onebit-*.whl

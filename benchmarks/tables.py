@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from onebit.benchmarks.adam import ADAM_RANKS
 from onebit.benchmarks.case import Case
 from onebit.benchmarks.collectives import COLLECTIVES
 from onebit.benchmarks.kernels import KERNELS
 from onebit.benchmarks.yardsticks import YARDSTICKS
 
-CASES: tuple[Case[Any], ...] = (*YARDSTICKS, *KERNELS, *COLLECTIVES)
+CASES: tuple[Case[Any], ...] = (*YARDSTICKS, *KERNELS, *COLLECTIVES, *ADAM_RANKS)
 
 
 def select(names: Iterable[str], cases: tuple[Case[Any], ...] = CASES) -> list[list[Case[Any]]]:
