@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sysconfig
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from pathlib import Path
@@ -71,11 +70,11 @@ class Digits(Task):
 
 
 class Bytes(Task):
-    """A transformer that predicts the next byte; `everything`: of all installed packages, not of Python's own alone."""
+    """A transformer that predicts the next byte; `everything`: of what is installed beside torch, too."""
 
     def __init__(self, run: Run, everything: bool) -> None:
         self._run = run
-        roots = [standard_library(), *([Path(sysconfig.get_path("purelib"))] if everything else [])]
+        roots = [standard_library(), *([Path(torch.__file__).parents[1]] if everything else [])]
         train, held_out = zip(*(load(root) for root in roots), strict=True)
         self._train, self._held_out = torch.cat(train), torch.cat(held_out)
 

@@ -53,7 +53,7 @@ def _windows(text: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]
 
 def _sources(root: Path) -> Iterator[Path]:
     for path in sorted(root.rglob("*.py")):
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
+        if path.is_file() and SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts):
             yield path
 
 
