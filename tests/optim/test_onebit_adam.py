@@ -349,6 +349,25 @@ def test_dead_entries_stay_bit_equal_to_their_start_and_hold_nothing(world_size:
         assert per_rank[0] == without[0][-1]
 
 
+@pytest.mark.parametrize("codec", [SignCodec(), SignCodec(kernels="reference")], ids=["fused", "by torch's operations"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_half_the_entries_with_zero_gradient_stay_bit_equal_to_their_start_for_500_steps(
+    world_size: int, codec: SignCodec
+) -> None:
+    def train(backend: Backend) -> None:
+        p = Parameter(values(0, shape=(300,)))
+        start = p.detach().clone()
+        optimizer = OnebitAdam([p], lr=1e-2, weight_decay=0.0, freeze_step=75, backend=backend, codec=codec)
+        for number in range(500):
+            g = values(5, number, backend.rank, shape=(300,))
+            g[::2] = 0.0
+            step(optimizer, [g])
+        assert bits(p[::2]) == bits(start[::2])
+        assert bool((p[1::2] != start[1::2]).all())
+
+    run_threads(world_size, train)
+
+
 def two_parameters() -> list[Parameter]:
     return [Parameter(values(0, shape=(3000,))), Parameter(values(2, shape=(3,)))]
 

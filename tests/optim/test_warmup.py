@@ -79,6 +79,20 @@ def test_every_step_is_that_of_torch_on_the_mean_gradient(
     run_threads(world_size, train)
 
 
+@pytest.mark.parametrize("variant", ["defaults", "Adam with decay"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_hundred_steps_are_those_of_torch_with_a_freeze_that_is_waited_for(world_size: int, variant: str) -> None:
+    def train(backend: Backend) -> None:
+        optimizer, reference = make_pair(backend, variant, freeze_step="auto")
+        params = all_params(optimizer)
+        for number in range(100):
+            step(optimizer, gradients(params, backend.rank, number))
+            step(reference, mean_of([gradients(params, rank, number) for rank in range(world_size)]))
+        assert_same(optimizer, reference)
+
+    run_threads(world_size, train)
+
+
 @pytest.mark.parametrize("freeze_step", [1, 2, 5])
 def test_exactly_freeze_step_steps_are_those_of_torch(freeze_step: int) -> None:
     def train(backend: Backend) -> None:
