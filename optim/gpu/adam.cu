@@ -2,7 +2,11 @@
 #include "block.cuh"
 
 #ifndef VECTORS
-#define VECTORS 1  // of four elements per thread; the same in adam.py
+#define VECTORS 2  // of four elements per thread; the same in adam.py
+#endif
+
+#ifndef RESIDENT
+#define RESIDENT 4  // thread blocks on a multiprocessor at least
 #endif
 
 constexpr int CHUNK = 4 * VECTORS * THREADS;  // elements that a thread block takes, all of one tensor
@@ -173,7 +177,7 @@ __device__ __forceinline__ void adam(
 }
 
 #define ADAM(name, P, G, MASTER)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS) adam_##name(                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) adam_##name(                                     \
         const int2* blocks, const i64* addresses, const i64* gradients, const i64* numels, const Factors* factors,   \
         i64 tensors) {                                                                                               \
         adam<P, G, MASTER>(blocks, addresses, gradients, numels, factors, tensors);                                  \
