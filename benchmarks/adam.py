@@ -196,7 +196,7 @@ def _whole(setting: Setting) -> Step:
 # Both make the same number of elements step once: all ranks a part each, or one rank all of it with all cores.
 ADAM_RANKS: tuple[Case[Step], ...] = (
     Case(
-        name="CPUAdam, one rank for all",
+        name="adam-one-rank",
         summary="CPUAdam on rank 0 with all cores",
         family="adam-ranks",
         role="one rank",
@@ -206,7 +206,7 @@ ADAM_RANKS: tuple[Case[Step], ...] = (
         check=Step.check,
     ),
     Case(
-        name="CPUAdam, a part on each rank",
+        name="adam-every-rank",
         summary="CPUAdam on every rank with its share of the cores",
         family="adam-ranks",
         against=("one rank",),
