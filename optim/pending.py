@@ -15,7 +15,6 @@ MOST = 64  # steps; a host further ahead waits, so that what it keeps for them s
 
 class _Event(Protocol):
     def query(self) -> bool: ...
-    def record(self) -> None: ...
     def synchronize(self) -> None: ...
 
 
@@ -40,10 +39,9 @@ class PendingSteps:
         """Have `learn` called with the value of `made`, 0-dim bool on any device, by a later `poll` or `wait`."""
         event: _Event | None = None
         if made.device.type == "cuda":
-            host = torch.empty((), dtype=torch.bool, pin_memory=True)
-            made = host.copy_(made, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+            stream = torch.cuda.current_stream(made.device)
+            made = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(made, non_blocking=True)
+            event = stream.record_event()
         self._queue.append(_Pending(made, event, learn))
         while len(self._queue) > MOST:
             self._tell()

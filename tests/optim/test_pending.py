@@ -31,8 +31,6 @@ class Arriving:
     def query(self) -> bool:
         return self.here
 
-    def record(self) -> None: ...
-
     def synchronize(self) -> None:
         self.waited += not self.here
         self.here = True
