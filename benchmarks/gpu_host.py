@@ -45,11 +45,11 @@ def _pieces(average: CompressedAllreduce, x: Tensor) -> dict[str, float]:
         "reduce_encode": lambda: operators.reduce_encode(received_rows, server, part.mask, mine, part.layout, 0),
         "decode": lambda: operators.decode(part.gathered, part.mask, [x], part.layout),
         "all_finite": lambda: operators.all_finite([part.gathered], [part.layout]),
-        "all_to_all in line": lambda: backend.all_to_all(received, part.sent, in_line=True).wait(),
+        "all_to_all in line": lambda: backend.prepare_all_to_all(received, part.sent).start(in_line=True).wait(),
         "all_to_all beside": lambda: backend.all_to_all(received, part.sent).wait(),
         "all_to_all of torch.distributed": lambda: dist.all_to_all_single(received, part.sent),
         "all_to_all of the group's half": lambda: transport.alltoall_base(received, part.sent, [], []).wait(),
-        "all_gather in line": lambda: backend.all_gather(received, mine, in_line=True).wait(),
+        "all_gather in line": lambda: backend.prepare_all_gather(received, mine).start(in_line=True).wait(),
         "all_gather of torch.distributed": lambda: dist.all_gather_into_tensor(received, mine),
         "an elementwise operator of torch": lambda: x.mul_(1.0),
     }

@@ -18,11 +18,13 @@ from onebit.comm.backend import Backend
 from onebit.comm.bucket import Bucket
 from onebit.comm.part import Part
 from onebit.comm.residual import Place, Residual
-from onebit.comm.stats import Stage, Stats, fp32_bytes
+from onebit.comm.stats import Stats, fp32_bytes
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, all_finite, as_list, check_same, resolve
 from onebit.compress import SignCodec
 from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout
+
+STAGES = ("encode", "all_to_all", "reduce_encode", "all_gather", "decode")  # keys of Stats.seconds
 
 # A bucket should travel about as long as the next one takes to encode. Between hosts that is a few milliseconds; over
 # NVLink it is less than the 0.2 ms that it takes to launch a bucket's work, so there buckets only keep buffers small.
@@ -82,6 +84,7 @@ class CompressedAllreduce:
         self._masks: Sequence[Tensor] | None = None
         self._staging: dict[int, Tensor] = {}
         self._flight: CompressedWork | None = None
+        self._stages = {name: self.stats.stage(name, self.backend, self._undo_flight) for name in STAGES}
 
     def __call__(self, tensors: Tensors) -> None:
         """Replace `tensors` by their mean over ranks, in place; see `start`."""
@@ -149,7 +152,7 @@ class CompressedAllreduce:
         """
         if masks is not None and len(masks) != len(self._like):
             raise InputError(f"set_mask: expected {len(self._like)} masks, one per tensor, got {len(masks)}")
-        self._masks = masks
+        self._masks = None if self._buckets else masks  # buckets keep theirs as bits
         for bucket in self._buckets:
             bucket.set_mask(masks)
 
@@ -194,6 +197,11 @@ class CompressedAllreduce:
         self.stats.calls += 1
         self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
         work._send(overlap)
+
+    def _undo_flight(self) -> None:
+        """A stage has failed: put back the error feedback of what was not averaged."""
+        if self._flight is not None:
+            self._flight._put_back(self._flight._undo_encode)
 
     def _codec_undo(self, rows: Sequence[Tensor]) -> Callable[[Part], None]:
         """How to undo an encoding of these row-major tensors."""
@@ -243,6 +251,7 @@ class CompressedWork:
         self._undo_encode = undo_encode
         self._given = given
         self._received = False
+        self._stages = owner._stages
 
     def wait(self) -> None:
         """Replace the tensors given to `start` by their mean over ranks.
@@ -352,27 +361,27 @@ class CompressedWork:
         """Phase 1 up to the transport."""
         in_line = not overlap and len(self._buckets) == 1
         for bucket in self._buckets:
-            with self._stage("encode"):
+            with self._stages["encode"]:
                 bucket.encode(self._encode)
-            with self._stage("all_to_all"):
+            with self._stages["all_to_all"]:
                 bucket.exchange(in_line)
 
     def _reduce(self) -> None:
         in_line = len(self._buckets) == 1  # what follows waits for it
         for bucket in self._buckets:
-            with self._stage("all_to_all"):
+            with self._stages["all_to_all"]:
                 bucket.wait_exchange()
-            with self._stage("reduce_encode"):
+            with self._stages["reduce_encode"]:
                 bucket.reduce_encode()
-            with self._stage("all_gather"):
+            with self._stages["all_gather"]:
                 bucket.gather(in_line)
 
     def _receive(self, bucket: Bucket) -> None:
-        with self._stage("all_gather"):
+        with self._stages["all_gather"]:
             bucket.wait_gather()
 
     def _decode(self, bucket: Bucket, rows: Sequence[Tensor]) -> None:
-        with self._stage("decode"):
+        with self._stages["decode"]:
             bucket.part.decode(self._owner._operators, rows)
         bucket.encoded = False
 
@@ -385,10 +394,6 @@ class CompressedWork:
                 bucket.undo_reduce()
             bucket.encoded = False
         self._owner._flight = None
-
-    def _stage(self, name: str) -> Stage:
-        """Counts a stage; when the transport fails in it, the error feedback of what was not averaged is put back."""
-        return self._owner.stats.stage(name, self._owner.backend, lambda: self._put_back(self._undo_encode))
 
 
 def compressed_allreduce(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,6 +73,41 @@ class Work:
         self._handle = None  # not before: a wait that failed fails again
 
 
+class Collective:
+    """An all_to_all or all_gather over fixed buffers: checked once, to be started any number of times, one by one.
+
+    Made by `Backend.prepare_all_to_all` and `Backend.prepare_all_gather`.
+    """
+
+    def __init__(self, backend: Backend, operation: str, output: Tensor, input: Tensor, wire_bytes: int) -> None:
+        self._backend = backend
+        self._operation = operation
+        self._output = output
+        self._input = input
+        self._wire_bytes = wire_bytes
+        self._moves = input.numel() > 0  # sizes agree on all ranks, so all of them leave an empty collective out
+        self._guard = backend.guard(operation)
+        self._beside, self._in_line = f"_{operation}", f"_{operation}_in_line"
+
+    def start(self, *, in_line: bool = False) -> Work:
+        """Start it; the buffers must stay untouched until `Work.wait` returns.
+
+        Args:
+            in_line: nothing else is to run until `wait`, which is called all the same. On CUDA the collective may then
+                be part of the current stream, which starts sooner than a stream beside it.
+
+        Raises:
+            TransportError: the transport refused to start.
+        """
+        handle = None
+        if self._moves:
+            with self._guard:
+                start = getattr(self._backend, self._in_line if in_line else self._beside)
+                handle = start(self._output, self._input)
+        self._backend.traffic.add(self._wire_bytes)
+        return Work(self._backend, self._operation, handle)
+
+
 class Guard:
     """Turns whatever a transport raises inside a `with` block into a `TransportError`."""
 
@@ -115,19 +149,21 @@ class Backend(ABC):
         self.timeout = DEFAULT_TIMEOUT if timeout is None else float(timeout)
         self.traffic = Traffic()
 
-    def all_to_all(self, output: Tensor, input: Tensor, *, in_line: bool = False) -> Work:
+    def all_to_all(self, output: Tensor, input: Tensor) -> Work:
         """Start sending piece i of `input` to rank i; piece i of `output` comes from rank i.
 
         Args:
             output: (n·k,) any dtype, contiguous; written. Must not overlap `input`.
             input: (n·k,) of the same dtype and device, contiguous.
-            in_line: nothing else is to run until `wait`, which is called all the same. On CUDA the collective may then
-                be part of the current stream, which starts sooner than a stream beside it.
 
         Raises:
             BackendError: wrong device, layout or size.
             TransportError: the transport refused to start.
         """
+        return self.prepare_all_to_all(output, input).start()
+
+    def prepare_all_to_all(self, output: Tensor, input: Tensor) -> Collective:
+        """As `all_to_all`, to be started later, and again and again; only the start is collective."""
         self._check("all_to_all", output, input)
         if output.numel() != input.numel() or input.numel() % self.size:
             raise BackendError(
@@ -135,30 +171,30 @@ class Backend(ABC):
                 f"got {input.numel()} and {output.numel()} elements"
             )
         sent = _nbytes(input) // self.size * (self.size - 1)
-        start = self._all_to_all_in_line if in_line else self._all_to_all
-        return self._start("all_to_all", input, sent, lambda: start(output, input))
+        return Collective(self, "all_to_all", output, input, sent)
 
-    def all_gather(self, output: Tensor, input: Tensor, *, in_line: bool = False) -> Work:
+    def all_gather(self, output: Tensor, input: Tensor) -> Work:
         """Start gathering every rank's `input`, in rank order, into `output` on every rank.
 
         Args:
             output: (n·k,) any dtype, contiguous; written. Must not overlap `input`.
             input: (k,) of the same dtype and device, contiguous.
-            in_line: as for `all_to_all`.
 
         Raises:
             BackendError: wrong device, layout or size.
             TransportError: the transport refused to start.
         """
+        return self.prepare_all_gather(output, input).start()
+
+    def prepare_all_gather(self, output: Tensor, input: Tensor) -> Collective:
+        """As `all_gather`, to be started later, and again and again; only the start is collective."""
         self._check("all_gather", output, input)
         if output.numel() != input.numel() * self.size:
             raise BackendError(
                 f"rank {self.rank}: all_gather of {input.numel()} elements over {self.size} ranks needs an output of "
                 f"{input.numel() * self.size}, got {output.numel()}"
             )
-        sent = _nbytes(input) * (self.size - 1)
-        start = self._all_gather_in_line if in_line else self._all_gather
-        return self._start("all_gather", input, sent, lambda: start(output, input))
+        return Collective(self, "all_gather", output, input, _nbytes(input) * (self.size - 1))
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Start summing `tensor` over all ranks in place; every rank gets the same bits.
@@ -176,7 +212,12 @@ class Backend(ABC):
             names = ", ".join(_dtype(dtype) for dtype in SUMMABLE)
             raise BackendError(f"rank {self.rank}: all_reduce sums {names}; got {_shape(tensor)}")
         sent = 2 * (self.size - 1) * _nbytes(tensor) // self.size
-        return self._start("all_reduce", tensor, sent, lambda: self._all_reduce(tensor))
+        handle = None
+        if tensor.numel():
+            with self.guard("all_reduce"):
+                handle = self._all_reduce(tensor)
+        self.traffic.add(sent)
+        return Work(self, "all_reduce", handle)
 
     def barrier(self) -> None:
         """Return when every rank has called it; TransportError after the timeout."""
@@ -210,14 +251,6 @@ class Backend(ABC):
     @abstractmethod
     def _barrier(self) -> None:
         """Block until every rank is here, at most `self.timeout` seconds."""
-
-    def _start(self, operation: str, tensor: Tensor, wire_bytes: int, start: Callable[[], Handle | None]) -> Work:
-        handle = None
-        if tensor.numel():  # sizes agree on all ranks, so all of them leave an empty collective out
-            with self.guard(operation):
-                handle = start()
-        self.traffic.add(wire_bytes)
-        return Work(self, operation, handle)
 
     def _check(self, operation: str, *tensors: Tensor) -> None:
         first = tensors[0]

@@ -34,13 +34,15 @@ class Bucket:
         self, operators: SignOperators, layout: Layout, backend: Backend, worker: Tensor, server: Tensor
     ) -> None:
         self._operators = operators
-        self._backend = backend
+        self._rank = backend.rank
         self._server = server
         ranks, size = backend.size, layout.payload_bytes
         device = worker.device
         sent, self._received, gathered = torch.zeros(3, ranks * size, dtype=torch.uint8, device=device)
         self._payloads = self._received.view(ranks, size)
         self._mine = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._all_to_all = backend.prepare_all_to_all(self._received, sent)
+        self._all_gather = backend.prepare_all_gather(gathered, self._mine)
         self._exchange: Work | None = None
         self._gather: Work | None = None
         self._reduced = False
@@ -68,8 +70,8 @@ class Bucket:
         self.encoded, self._reduced = True, False
 
     def exchange(self, in_line: bool) -> None:
-        """Start phase 1; `in_line` as for `Backend.all_to_all`."""
-        self._exchange = self._backend.all_to_all(self._received, self.part.sent, in_line=in_line)
+        """Start phase 1; `in_line` as for `Collective.start`."""
+        self._exchange = self._all_to_all.start(in_line=in_line)
 
     def wait_exchange(self) -> None:
         """Wait for phase 1."""
@@ -79,12 +81,12 @@ class Bucket:
     def reduce_encode(self) -> None:
         """Encode the mean of what came."""
         mask, layout = self.part.mask, self.part.layout
-        self._operators.reduce_encode(self._payloads, self._server, mask, self._mine, layout, self._backend.rank)
+        self._operators.reduce_encode(self._payloads, self._server, mask, self._mine, layout, self._rank)
         self._reduced = True
 
     def gather(self, in_line: bool) -> None:
-        """Start phase 2; `in_line` as for `Backend.all_gather`."""
-        self._gather = self._backend.all_gather(self.part.gathered, self._mine, in_line=in_line)
+        """Start phase 2; `in_line` as for `Collective.start`."""
+        self._gather = self._all_gather.start(in_line=in_line)
 
     def wait_gather(self) -> None:
         """Wait for phase 2."""
@@ -98,6 +100,6 @@ class Bucket:
             keep: 0-dim bool on the bucket's device: where it is true nothing is put back; None: it is put back.
         """
         if self._reduced:
-            mask, layout, rank = self.part.mask, self.part.layout, self._backend.rank
+            mask, layout, rank = self.part.mask, self.part.layout, self._rank
             self._operators.undo_reduce(self._payloads, self._server, mask, self._mine, layout, rank, keep)
             self._reduced = False

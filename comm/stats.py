@@ -32,7 +32,7 @@ class Stats:
         self.__init__()  # type: ignore[misc]
 
     def stage(self, name: str, backend: Backend, on_failure: Callable[[], None] | None = None) -> Stage:
-        """Count the time and the traffic of a `with` block under `name`.
+        """Count the time and the traffic of `with` blocks under `name`; one can be entered again and again.
 
         Args:
             on_failure: called when the block ends with an exception.
@@ -41,7 +41,7 @@ class Stats:
 
 
 class Stage:
-    """What `Stats.stage` returns; a class, because an average enters it seven times and a generator costs more."""
+    """What `Stats.stage` returns; a class, for an average enters one seven times and a generator costs more."""
 
     def __init__(self, stats: Stats, name: str, backend: Backend, on_failure: Callable[[], None] | None) -> None:
         self._stats = stats

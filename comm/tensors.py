@@ -28,7 +28,7 @@ def as_list(tensors: Tensors) -> list[Tensor]:
     for index, t in enumerate(listed):
         if not isinstance(t, Tensor):
             raise InputError(f"expected a tensor or a list of tensors, got {type(t).__name__} at position {index}")
-    return [t.detach() for t in listed]
+    return [t.detach() if t.requires_grad else t for t in listed]
 
 
 def resolve(tensors: Sequence[Tensor], backend: object) -> Backend:

@@ -64,17 +64,17 @@ class Layout:
     segments: tuple[Segment, ...]
     shared_scale: bool
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Number of blocks, padding included."""
         return self.chunks * self.chunk_blocks
 
-    @property
+    @cached_property
     def padded_numel(self) -> int:
         """Elements of a residual that covers every block, padding included."""
         return self.blocks * self.block_size
 
-    @property
+    @cached_property
     def chunk_numel(self) -> int:
         """Elements of a residual that covers one chunk, padding included."""
         return self.chunk_blocks * self.block_size
@@ -84,12 +84,12 @@ class Layout:
         """Number of real elements."""
         return sum(segment.numel for segment in self.segments)
 
-    @property
+    @cached_property
     def bits_bytes(self) -> int:
         """Bytes of a payload before its scales."""
         return align(self.chunk_numel // 8)
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         """Bytes of one payload."""
         return self.bits_bytes + align(4 * self.chunk_blocks)

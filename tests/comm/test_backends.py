@@ -218,6 +218,28 @@ def check_wrong_arguments_are_refused_and_nothing_is_sent(backend: Backend) -> N
     backend.barrier()
 
 
+def check_prepared_collectives_start_again_and_again(backend: Backend) -> None:
+    k = 1000
+    received, everyone = torch.zeros(2, backend.size * k)
+    sent, mine = torch.zeros(backend.size * k), torch.zeros(k)
+    backend.traffic.reset()
+    exchange, gather = backend.prepare_all_to_all(received, sent), backend.prepare_all_gather(everyone, mine)
+    with pytest.raises(BackendError, match=f"rank {backend.rank}: all_gather of {k} elements"):
+        backend.prepare_all_gather(everyone[1:], mine)
+    assert backend.traffic.collectives == 0
+    for call in range(3):
+        for in_line in (False, True):
+            sent.fill_(10.0 * call + backend.rank)
+            exchange.start(in_line=in_line).wait()
+            mine.copy_(received.view(backend.size, k).sum(0))
+            gather.start(in_line=in_line).wait()
+            ranks = torch.arange(backend.size, dtype=torch.float32)
+            assert torch.equal(received, (10.0 * call + ranks).repeat_interleave(k))
+            assert torch.equal(everyone, (10.0 * call + ranks).sum().repeat(backend.size * k))
+    assert backend.traffic.collectives == 12
+    assert backend.traffic.wire_bytes == 6 * 2 * 4 * k * (backend.size - 1)
+
+
 EVERYWHERE = [
     check_all_to_all_moves_every_byte,
     check_all_gather_moves_every_byte,
@@ -228,6 +250,7 @@ EVERYWHERE = [
     check_several_in_flight_waited_out_of_order,
     check_traffic_equals_the_formula,
     check_barrier_waits_for_the_last,
+    check_prepared_collectives_start_again_and_again,
     check_wrong_arguments_are_refused_and_nothing_is_sent,
 ]
 

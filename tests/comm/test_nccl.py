@@ -135,9 +135,9 @@ def check_collectives_in_line_are_ordered_on_the_current_stream(backend: Backend
                 buffer.zero_()
             torch.cuda._sleep(50_000_000)
             late = sent.clone()  # written behind the long kernel, and read by the collective behind that
-            backend.all_to_all(received, late, in_line=True).wait()
+            backend.prepare_all_to_all(received, late).start(in_line=True).wait()
             copied = received.clone()
-            backend.all_gather(everyone, late[:k], in_line=True).wait()
+            backend.prepare_all_gather(everyone, late[:k]).start(in_line=True).wait()
             gathered_copy = everyone.clone()
             done = stream.record_event()
         done.synchronize()
