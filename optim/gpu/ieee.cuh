@@ -9,10 +9,12 @@ __device__ __forceinline__ bool usual_variance(float v) {
     return __float_as_uint(v) - LEAST <= MOST - LEAST;
 }
 
-// With these and a usual variance, n / (√v·root + eps) is a normal number, and so are the remainders on the way.
-__device__ __forceinline__ bool usual_factors(float n, float root, float eps) {
-    bool numerator = n == 0.0f || (fabsf(n) >= 0x1p-80f && fabsf(n) <= 0x1p60f);
-    return numerator && root >= 0x1p-10f && root <= 0x1p13f && eps >= 0.0f && eps <= 0x1p33f;
+// With these and a usual variance, n / (√v·root + eps) is a normal number or 0, and so are the remainders on the way.
+__device__ __forceinline__ bool usual_numerator(float n) {
+    return n == 0.0f || (fabsf(n) >= 0x1p-80f && fabsf(n) <= 0x1p60f);
+}
+__device__ __forceinline__ bool usual_factors(float root, float eps) {
+    return root >= 0x1p-10f && root <= 0x1p13f && eps >= 0.0f && eps <= 0x1p33f;
 }
 
 __device__ __forceinline__ float usual_root(float v) {

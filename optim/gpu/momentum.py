@@ -15,7 +15,7 @@ from onebit.compress import SignCodec
 from onebit.compress.gpu.module import launch
 from onebit.compress.gpu.operators import in_two_visits
 from onebit.optim.gpu.blocks import Group, Places, numels
-from onebit.optim.gpu.operands import TYPES, Operand, operand, sorted_blocks
+from onebit.optim.gpu.operands import TYPES, Operand, bits, operand, sorted_blocks
 
 name = "gpu"
 
@@ -107,7 +107,7 @@ def decode_update(
                 arguments = (
                     *(places.address, places.n, numels(layout, device).data_ptr()),
                     *(part.gathered.data_ptr(), momentum.data_ptr(), param.address, group.kind % 4, master.address),
-                    *(variance.address, _address(part.mask), scalars.data_ptr(), _bits(eps), _address(proceed)),
+                    *(variance.address, _address(part.mask), scalars.data_ptr(), bits(eps), _address(proceed)),
                 )
                 launch(_SOURCE, kernel, device, 32 * places.n, *arguments, *_sizes(part))
 
@@ -128,8 +128,8 @@ def adam_scalars(
         lr = lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
         rate = (lr.data_ptr(), int(lr.dtype == torch.float64), 0)
     else:
-        rate = (0, 0, _bits(float(lr)))
-    factors = (*map(_bits, (*betas, weight_decay)), int(bias_correction), _address(proceed))
+        rate = (0, 0, bits(float(lr)))
+    factors = (*map(bits, (*betas, weight_decay)), int(bias_correction), _address(proceed))
     arguments = (steps.data_ptr(), variance_steps.data_ptr(), steps.numel(), scalars.data_ptr(), *rate, *factors)
     if steps.numel():
         launch(_SOURCE, "adam_scalars", scalars.device, steps.numel(), *arguments)
@@ -156,7 +156,7 @@ class _Local:
         else:
             self._momentum = (operand("momenta", momentum, layout, device, fp32=True).address, 0)
         self._tables = [o.address for o in operands] + [0] * (2 - len(operands))
-        self._factors = tuple(map(_bits, factors))
+        self._factors = tuple(map(bits, factors))
         self._numels = numels(layout, device).data_ptr()
         plain = packed and part.mask is None and part.residual.data_ptr() % 16 == 0
         self.groups = sorted_blocks("encode", layout, device, operands, plain, lambda: _kinds(operands))
@@ -187,8 +187,3 @@ def _sizes(part: Part) -> tuple[int, int, int, int]:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _bits(number: float) -> int:
-    """A number as the 64-bit integer that a launch takes."""
-    return int(np.float64(number).view(np.int64))

@@ -92,3 +92,8 @@ def sorted_blocks(
         fast = np.logical_and.reduce([o.aligned for o in operands]) & plain
         kept = layout.cache[key] = (known, groups(layout, device, kinds(), fast))
     return kept[1]
+
+
+def bits(number: float) -> int:
+    """A number as the 64-bit integer that a launch takes."""
+    return int(np.float64(number).view(np.int64))

@@ -10,7 +10,7 @@ import torch
 
 from onebit.compress.gpu import operators
 from onebit.compress.gpu.module import THREADS
-from onebit.optim.gpu import momentum
+from onebit.optim.gpu import local, momentum
 from tests.optim import cuda_on_cpu
 
 COMPILER = cuda_on_cpu.COMPILER
@@ -103,5 +103,5 @@ def launch(file: str | Path, kernel: str, device: torch.device, threads: int, *a
 @pytest.fixture
 def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the GPU modules launch runs on CPU tensors."""
-    for module in (operators, momentum):
+    for module in (operators, momentum, local):
         monkeypatch.setattr(module, "launch", launch)
