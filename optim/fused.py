@@ -144,7 +144,7 @@ class FusedStep:
         self._values = [p if master is None else master for master, p in zip(self._masters, params, strict=True)]
         if coupled:
             self._values = [_row_major(value) for value in self._values]
-        self._work: CompressedWork = average.reduce.start_with(self._encode, self._undo_encode)
+        self._work: CompressedWork = average.reduce.start_with(self._encode, self._undo_encode, overlap=False)
         self._work.finish()
 
     def all_finite(self) -> Tensor:

@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float32]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMELS = (1, 31, 32, 33, 1024, 1025, 3000, 96)
-FACTORS = {"beta1": 0.9, "alpha": 0.1, "l2": 0.0}
+FACTORS: dict[str, Any] = {"beta1": 0.9, "alpha": 0.1, "l2": 0.0}
 CPU = torch.device("cpu")
 
 
@@ -98,7 +98,7 @@ def local(s: Sample, beta1: float, alpha: float, l2: float) -> list[Tensor]:
         c: Floats = np.zeros(m.numel(), np.float32) if g is None else g.float().numpy()
         with np.errstate(all="ignore"):
             if l2:
-                c = c + np.float32(l2) * p.float().numpy()
+                c = (c + np.float32(l2) * p.float().numpy()).astype(np.float32)  # fp32 already
             results.append(torch.from_numpy(np.float32(beta1) * m.numpy() + np.float32(alpha) * c))
     return results
 
@@ -192,9 +192,9 @@ def test_an_update_is_adams_with_every_operation_rounded_once(masked: bool, bloc
     assert not momentum.any()
     kernels.decode_update(*update, eps=eps, proceed=torch.tensor(True))
     assert momentum.equal(s.part.gathered)
-    for p, master, w in zip(s.params, s.masters, expected, strict=True):
-        assert p.equal(w.to(p.dtype))
-        assert master is None or master.equal(w)
+    for p, master, right in zip(s.params, s.masters, expected, strict=True):
+        assert p.equal(right.to(p.dtype))
+        assert master is None or master.equal(right)
 
 
 def test_scalars_are_those_of_adam_and_count_a_step() -> None:

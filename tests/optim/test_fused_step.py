@@ -100,8 +100,9 @@ def test_each_step_from_the_same_state_agrees_to_rounding(dtype: torch.dtype, ma
         fused, unfused = make(params, backend, **options), make(twins, backend, False, **options)
         for number in range(FREEZE + 6):
             given = patchy(params, backend.rank, number)
-            if given[-1] is not None:
-                given[-1][values(1, shape=(40, 60)) < 0.5] = 0.0
+            last = given[-1]
+            if last is not None:
+                last[values(1, shape=(40, 60)) < 0.5] = 0.0
             step(fused, given)
             step(unfused, given)
             unit = torch.finfo(dtype).eps / 2
@@ -218,11 +219,11 @@ def test_tensors_without_elements_are_in_no_part(shapes: list[tuple[int, ...]]) 
     assert first == second
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of every new tensor that an operation of this thread returns, freed or not."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, function: Any, kinds: Any, arguments: Any = (), options: Any = None) -> Any:
