@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,23 +17,18 @@ from onebit.optim.adam import MOMENTS, dense_like, is_dense
 from onebit.optim.gpu.adam_step import MASTER, Kernels, Kind, Shapes, Step, Stepper
 
 _NO_ELEMENTS = 1  # stands for the address of a gradient without elements, which has none but is not missing
+_SAMPLES = 16  # a step looks up the addresses of one in so many moments
 
-Strides = list[tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where everything lies: addresses as in `Step`, and strides of the gradients (of the moments if there is none)."""
-
-    memory: list[int]
-    gradients: list[int]
-    strides: Strides
+_moments = itemgetter(*MOMENTS)
+Addresses = npt.NDArray[np.int64]
 
 
 class AdamShare:
     """The parameters of one device that have a state.
 
-    A step is `look`, `adopt` if something has moved, and `make`. Nothing that a user sees changes before `make`.
+    A step is `look`, `adopt` if something has moved, and `make`. Nothing that a user sees changes before `make`. Where
+    there are many small tensors the host spends most of a step in `look`, waiting for the memory that Python's objects
+    lie in. So of a state it visits only the references, and the addresses of a few tensors at each step.
 
     Args:
         params: (k,) parameters, all on one device.
@@ -45,51 +42,71 @@ class AdamShare:
         self._steps = _together([state["step"] for state in states], params[0].device)
         for state, step in zip(states, self._steps.unbind(), strict=True):
             state["step"] = step
-        self._strides: Strides = [p.stride() for p in params]
-        self._gradient_dtypes = [p.dtype for p in params]
-        self._masters = False
-        self._stepper: Stepper
-        self._gaps: list[int] = []  # of which parameters the memory has gaps
+        self._looks = 0
         self._grads: list[Tensor | None] = []
-        self._seen = self._place = _Place([], [], [])
+        self._of_params = self._of_grads = np.zeros(0, np.int64)  # addresses
+        self._of_samples: list[Addresses] = [self._of_params] * _SAMPLES
+        self._known: list[Tensor] = []  # the moments that were adopted, two for each parameter
+        self._masters: list[Tensor | None] = []  # likewise, one for each; empty if no parameter has any
+        self._moved_memory = self._moved_grads = True
+        self._memory: list[int] = []
+        self._gradients: list[int] = []
+        self._gradient_dtypes = [p.dtype for p in params]
+        self._gaps: list[int] = []  # of which parameters the memory has gaps
+        self._contiguous = False  # the moments of all of them are
         self._steppers: dict[Shapes, Stepper] = {}  # none is dropped, for a captured graph may refer to its tables
+        self._stepper: Stepper
 
     def look(self) -> bool:
         """Find all tensors; returns whether one has moved since the last step, so that all have to be checked."""
-        self._grads = grads = [p.grad for p in self._params]
-        moments = [map(itemgetter(key), self._states) for key in MOMENTS]
-        memory = list(map(Tensor.data_ptr, chain(self._params, *moments)))
-        masters = [state.get(MASTER) for state in self._states] if self._masters else []
-        memory += [0 if t is None else t.data_ptr() for t in masters] or [0] * len(grads)
-        gradients = [0 if g is None else g.data_ptr() or _NO_ELEMENTS for g in grads]
-        strides = [of if g is None else g.stride() for g, of in zip(grads, self._strides, strict=True)]
-        self._place = _Place(memory, gradients, strides)
-        return memory != self._seen.memory or gradients != self._seen.gradients
+        self._grads = [p.grad for p in self._params]
+        params, grads = _addresses(self._params), _addresses(self._grads)
+        sample = self._looks % _SAMPLES
+        moments = chain.from_iterable(map(_moments, self._states))
+        self._moved_memory = self._moved_memory or (
+            not np.array_equal(params, self._of_params)
+            or not all(map(is_, moments, self._known))
+            or not all(map(is_, map(_master, self._states), self._masters))
+            or not np.array_equal(_addresses(self._known[sample::_SAMPLES]), self._of_samples[sample])
+        )
+        self._moved_grads = self._moved_grads or not np.array_equal(grads, self._of_grads)
+        self._of_params, self._of_grads = params, grads
+        self._looks += 1
+        return self._moved_memory or self._moved_grads
 
     def adopt(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Prepare for what `look` has found, parameters and gradients having been checked."""
-        if self._place.memory != self._seen.memory:
-            for p, state, group in zip(self._params, self._states, self._groups, strict=True):
-                _fit(p, state, groups[group]["master_weights"])
-            self._masters = any(MASTER in state for state in self._states)
-            self._strides = [state[MOMENTS[0]].stride() for state in self._states]
-            self._gaps = [i for i, p in enumerate(self._params) if _order(p) != _order(self._states[i][MOMENTS[0]])]
-            self.look()
-        before = zip(self._grads, self._gradient_dtypes, strict=True)
-        self._gradient_dtypes = [dtype if g is None else g.dtype for g, dtype in before]
-        rows = zip(self._params, self._gradient_dtypes, self._states, strict=True)
-        kinds = [Kind(p.dtype, dtype, MASTER in state) for p, dtype, state in rows]
-        shapes = Shapes(tuple(p.numel() for p in self._params), tuple(kinds), tuple(self._groups))
-        if shapes not in self._steppers:
-            self._steppers[shapes] = self._kernels(shapes, self._steps)
-        self._stepper = self._steppers[shapes]
+        before = self._gradient_dtypes
+        self._gradient_dtypes = [dtype if g is None else g.dtype for g, dtype in zip(self._grads, before, strict=True)]
+        self._gradients = self._of_grads.tolist()
+        if self._moved_memory:
+            self._adopt_memory(groups)
+        if self._moved_memory or self._gradient_dtypes != before:
+            rows = zip(self._params, self._gradient_dtypes, self._states, strict=True)
+            kinds = tuple(Kind(p.dtype, dtype, MASTER in state) for p, dtype, state in rows)
+            shapes = Shapes(tuple(p.numel() for p in self._params), kinds, tuple(self._groups))
+            if shapes not in self._steppers:
+                self._steppers[shapes] = self._kernels(shapes, self._steps)
+            self._stepper = self._steppers[shapes]
+        self._moved_memory = self._moved_grads = False
+
+    def _adopt_memory(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        for p, state, group in zip(self._params, self._states, self._groups, strict=True):
+            _fit(p, state, groups[group]["master_weights"])
+        self._known = list(chain.from_iterable(map(_moments, self._states)))
+        self._of_samples = [_addresses(self._known[sample::_SAMPLES]) for sample in range(_SAMPLES)]
+        first, second = self._known[::2], self._known[1::2]
+        masters = list(map(_master, self._states))
+        self._masters = masters if any(t is not None for t in masters) else []
+        rows = [self._of_params, _addresses(first), _addresses(second), _addresses(masters)]
+        self._memory = np.concatenate(rows).tolist()
+        self._contiguous = all(map(Tensor.is_contiguous, first))
+        self._gaps = [i for i, (p, m) in enumerate(zip(self._params, first, strict=True)) if _order(p) != _order(m)]
 
     def make(self, groups: Sequence[Mapping[str, Any]], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """Make the step with what `look` has found."""
-        self._seen = self._place
         scaler = [None if t is None else _scalar(t, self._steps.device) for t in (found_inf, grad_scale)]
-        place = self._place
-        step = Step(self._params, self._grads, self._states, place.memory, place.gradients, groups, *scaler)
+        step = Step(self._params, self._grads, self._states, self._memory, self._gradients, groups, *scaler)
         gaps, others = self._elsewhere()
         self._stepper(_moved(step, gaps, others) if gaps or others else step)
         for index, copy in gaps.items():
@@ -97,8 +114,9 @@ class AdamShare:
         for index in others:
             if (g := self._grads[index]) is not None and groups[self._groups[index]]["zero_gradients"]:
                 g.zero_()
-        updated = [p for p, g in zip(self._params, self._grads, strict=True) if g is not None]
-        torch.autograd.graph.increment_version(updated)
+        updated = zip(self._params, self._grads, strict=True)
+        complete = self._of_grads.all()
+        torch.autograd.graph.increment_version(self._params if complete else [p for p, g in updated if g is not None])
 
     def _elsewhere(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Copies of the parameters and of the gradients whose elements lie in another order than the moments'."""
@@ -107,12 +125,17 @@ class AdamShare:
             if self._grads[index] is not None:
                 p = self._params[index]
                 params[index] = dense_like(p, p.dtype).copy_(p)
-        if self._place.strides != self._strides:
+        given = [g for g in self._grads if g is not None]
+        if not (self._contiguous and all(map(Tensor.is_contiguous, given))):
             for index, g in enumerate(self._grads):
-                moment = self._states[index][MOMENTS[0]]
+                moment = self._known[2 * index]
                 if g is not None and _order(g) != _order(moment):
                     grads[index] = torch.empty_like(moment, dtype=g.dtype).copy_(g)
         return params, grads
+
+
+def _master(state: Mapping[str, Any]) -> Tensor | None:
+    return state.get(MASTER)
 
 
 def _moved(step: Step, params: Mapping[int, Tensor], grads: Mapping[int, Tensor]) -> Step:
@@ -152,6 +175,16 @@ def _together(steps: Sequence[Tensor], device: torch.device) -> Tensor:
     if not all(step.is_cpu for step in steps):
         steps = [step.to(device) for step in steps]
     return torch.stack([step.reshape(()) for step in steps]).to(device, torch.float32)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> Addresses:
+    """Of all elements; 0 for None."""
+    try:
+        found = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))  # type: ignore[arg-type]
+    except TypeError:  # one is None
+        return np.array([0 if t is None else t.data_ptr() or _NO_ELEMENTS for t in tensors], np.int64)
+    found[found == 0] = _NO_ELEMENTS
+    return found
 
 
 def _scalar(t: Tensor, device: torch.device) -> Tensor:

@@ -344,6 +344,11 @@ class FusedAdamSuite:
             if step == 5:
                 optimizer.state.clear()
                 reference.state.clear()
+            if step == 7:  # the moments were elsewhere in the meantime, as a whole
+                kept += [s[key].data for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+                for key in ("exp_avg", "exp_avg_sq"):
+                    for s in optimizer.state.values():
+                        s[key].data = s[key].data.clone()
             kept += [p.grad for p in params]
             optimizer.step()
             reference.step()
