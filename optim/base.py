@@ -173,7 +173,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
         It consists of tensors, numbers, strings and containers, so ``torch.load(..., weights_only=True)`` reads it.
         """
         self._pending.wait()
-        self._before_saving()
         state: dict[str, Any] = super().state_dict()
         residuals = [reducers.residual.state_dict() for reducers in self._of_groups()]
         state[EXTRA] = {"version": VERSION, "skipped_steps": self.skipped_steps, "residuals": residuals}
@@ -223,9 +222,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _common_value(self, p: Tensor) -> Tensor:
         """What must have the same bits on every rank where a step is to go on: the parameter itself."""
         return p
-
-    def _before_saving(self) -> None:
-        """Put into ``state`` what is kept elsewhere between steps."""
 
     def _gradients(self, group: Mapping[str, Any]) -> list[Tensor | None]:
         """This rank's gradients of a group, as they are; or, under a GradScaler, unscaled in new fp32 tensors."""

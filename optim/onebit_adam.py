@@ -10,21 +10,19 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from onebit.comm import CompressedAllreduce, CompressedWork
+from onebit.comm import CompressedWork
 from onebit.compress import SignCodec
-from onebit.optim.base import CompressedOptimizer
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, measure, observe, warn_if_too_late
-from onebit.optim.fused import FusedMomentum
-from onebit.optim.kernels import step_kernels
+from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.known import known_indices
 from onebit.optim.master import fp32_values, write_back
-from onebit.optim.moments import adam_state, corrections, dead_masks, decay, local_momenta, wanted
+from onebit.optim.moments import adam_state, corrections, decay, local_momenta, wanted
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step
 
 
-class OnebitAdam(CompressedOptimizer):
+class OnebitAdam(FusedGroups):
     """Adam or AdamW whose ranks exchange about one bit per parameter after a warm-up.
 
     Steps 1 to `freeze_step` are `torch.optim.AdamW` (or Adam) on the mean gradient, which is averaged in fp32. Then the
@@ -103,18 +101,6 @@ class OnebitAdam(CompressedOptimizer):
             backend=backend,
             codec=codec,
         )
-        self._fused: dict[GroupReducers, FusedMomentum] = {}
-
-    @property
-    def kernels(self) -> str:
-        """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
-
-        Fused kernels come with the codec's own, on more than one rank. Between their steps the momentum is kept as it
-        was sent, so ``state_dict()`` has ``exp_avg`` but ``state`` does not.
-        """
-        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        fused = step_kernels(device, self._codec) if self.backend.size > 1 else None
-        return "torch" if fused is None else fused.name
 
     def phase(self, group: int = 0) -> str:
         """How the next step of a parameter group will be made.
@@ -129,19 +115,8 @@ class OnebitAdam(CompressedOptimizer):
         super().add_param_group(param_group)
         warn_if_too_late("OnebitAdam", self.param_groups[-1])
 
-    def state_dict(self) -> dict[str, Any]:
-        packed: dict[str, Any] = super().state_dict()
-        for group, reducers, saved in zip(self.param_groups, self._of_groups(), packed["param_groups"], strict=True):
-            if reducers in self._fused:
-                known = [(i, p) for i, p in zip(saved["params"], group["params"], strict=True) if i in packed["state"]]
-                states = [packed["state"][i] for i, _ in known]
-                whole = self._fused[reducers].unfused([p for _, p in known], states)
-                packed["state"].update(zip([i for i, _ in known], whole, strict=True))
-        return packed
-
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._fused = {}
         for state in self.state.values():
             if "step" in state:  # where Adam or AdamW made it, every step updated the variance
                 state.setdefault("variance_step", state["step"].clone())
@@ -156,37 +131,18 @@ class OnebitAdam(CompressedOptimizer):
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         return len({_phase(group, group["step"] + made) for made in range(unknown + 1)}) > 1
 
-    def _count_made(self, group: dict[str, Any]) -> None:
-        known = [self.state[p]["step"] for p in group["params"] if "step" in self.state.get(p, {})]
-        if known:
-            torch._foreach_add_(known, 1.0)
-
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
         phase = _phase(group, group["step"])
         if phase == "compressed":
-            return self._compressed(_Frozen(self, group, reducers), reducers)
+            frozen = _Frozen(self, group, reducers)
+            fused = self._fused_step(group, reducers, frozen.own_gradients())
+            return _Compressed(self, frozen, reducers) if fused is None else fused
         self._unfuse(group, reducers)
+        self._forget_dead(reducers)
         if phase == "refresh":
             return _Refresh(self, group, reducers)
-        reducers.renew()  # whoever goes back to dense steps ends the compressed average that there was
-        self._fused.pop(reducers, None)
+        self._renew(reducers)  # whoever goes back to dense steps ends the compressed average that there was
         return _Dense(self, group, reducers)
-
-    def _unfuse(self, group: Mapping[str, Any], reducers: GroupReducers) -> None:
-        """Have the momentum in the states, in fp32; the next compressed step starts from there."""
-        if reducers in self._fused:
-            known = [p for p in group["params"] if "step" in self.state.get(p, {})]
-            self._fused[reducers].release(known, [self.state[p] for p in known])
-
-    def _compressed(self, frozen: _Frozen, reducers: GroupReducers) -> Exchange:
-        """A compressed step by fused kernels, where there are any and something to average."""
-        reduce = reducers.compressed(frozen.variances(), lambda: dead_masks(frozen.variances()))  # like the momenta
-        if reducers not in self._fused:
-            kernels = step_kernels(frozen.params[0].device, self._codec) if reduce.parts else None
-            if kernels is None:
-                return _Compressed(frozen, reduce)
-            self._fused[reducers] = FusedMomentum(kernels, reduce, frozen.states)
-        return self._fused[reducers].exchange(frozen.group, frozen.params, frozen.states, frozen.own_gradients())
 
 
 def _phase(group: Mapping[str, Any], step: int) -> str:
@@ -297,8 +253,10 @@ class _Frozen:
 class _Compressed:
     """Momentum averaged in one bit per entry over a frozen variance, by torch's operations."""
 
-    def __init__(self, frozen: _Frozen, reduce: CompressedAllreduce) -> None:
+    def __init__(self, optimizer: OnebitAdam, frozen: _Frozen, reducers: GroupReducers) -> None:
         self._frozen = frozen
+        variances = frozen.variances()  # like the momenta
+        reduce = reducers.compressed(variances, lambda: optimizer._dead_of(reducers, variances))
         local = local_momenta(frozen.momenta(), frozen.own_gradients(), frozen.values(), frozen.group)
         self._work: CompressedWork = reduce.start(local)
         self._work.finish()
@@ -319,7 +277,6 @@ class _Refresh:
 
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self._frozen = _Frozen(optimizer, group, reducers)
-        self._reducers = reducers
         self._mean = MeanGradients(group["params"], self._frozen.gradients, reducers)
 
     def all_finite(self) -> Tensor:
@@ -340,4 +297,3 @@ class _Refresh:
                 state["exp_avg_sq"].mul_(kept).addcmul_(g, g, value=1 - kept)
                 state["variance_step"] += group["variance_refresh"]
         frozen.update()
-        self._reducers.remask(dead_masks(frozen.variances()))
