@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onebit.comm.tensors import describe
 from onebit.compress import InputError
-from onebit.optim.adam import AdamBase, Ready, is_dense
+from onebit.optim.adam import AdamBase, Ready, is_dense, with_gradients
 
 if TYPE_CHECKING:
     from onebit.optim.cpu.adam_tables import Tables
@@ -109,26 +109,38 @@ class CPUAdam(AdamBase):
                     f"{copy.stride()} on {copy.device}; torch.empty_like(p, dtype=torch.bfloat16) makes one"
                 )
         self._copies = dict(copies)
+        self._forget()
         with torch.no_grad():
             for p, copy in copies.items():
                 copy.copy_(p)
 
+    def _ready(self, group: dict[str, Any]) -> Ready:
+        return with_gradients(group)  # checked in _update, if they are not where they were
+
     def _update(self, ready: Sequence[Ready]) -> None:
         from onebit.optim.cpu.adam_step import update  # imports Numba
-        from onebit.optim.cpu.adam_tables import Operands
 
-        operands = Operands()
-        for group in ready:
-            states = [self._state_of(group.group, p) for p in group.params]
-            operands.params.extend(group.params)
-            operands.grads.extend(group.grads)
-            operands.exp_avgs.extend([state["exp_avg"] for state in states])
-            operands.exp_avg_sqs.extend([state["exp_avg_sq"] for state in states])
-            operands.steps.extend([state["step"] for state in states])
-        if self._copies:
-            operands.copies.extend([self._copies.get(p) for p in operands.params])
-        groups = [(group.group, len(group.params)) for group in ready]
-        self._tables = update(operands, groups, self.mode_option, self._tables)
+        params = [p for one in ready for p in one.params]
+        grads = [g for one in ready for g in one.grads]
+        if self._tables is None or not self._tables.serve(params, grads, self.state):
+            self._tables = self._new_tables(ready, params, grads)
+        update(self._tables, [(one.group, len(one.params)) for one in ready], self.mode_option)
+
+    def _new_tables(self, ready: Sequence[Ready], params: list[Tensor], grads: list[Tensor]) -> Tables:
+        from onebit.optim.cpu.adam_tables import Operands, Tables
+
+        for one in ready:
+            self._check_tensors(one)
+        states = [self._state_of(one.group, p) for one in ready for p in one.params]
+        operands = Operands(
+            params=params,
+            grads=grads,
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            steps=[state["step"] for state in states],
+            copies=[self._copies.get(p) for p in params] if self._copies else [],
+        )
+        return Tables(operands, self.state)
 
     def _forget(self) -> None:
         self._tables = None

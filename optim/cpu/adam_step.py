@@ -11,26 +11,20 @@ import numpy.typing as npt
 from onebit.compress.cpu.build import compile_kernel
 from onebit.compress.cpu.launch import launch
 from onebit.optim.cpu.adam import SCALARS, count_steps, update_words
-from onebit.optim.cpu.adam_tables import Operands, Tables
+from onebit.optim.cpu.adam_tables import Tables
 
 _FACTORS = np.dtype([(name, np.float32) for name in SCALARS])
 
 Group = tuple[Mapping[str, Any], int]  # options, and the number of tensors, one after the other, that they are for
 
 
-def update(operands: Operands, groups: Sequence[Group], decoupled: str, tables: Tables | None) -> Tables:
-    """Make the step; params, exp_avgs, exp_avg_sqs, copies and steps change.
+def update(tables: Tables, groups: Sequence[Group], decoupled: str) -> None:
+    """Make the step that the tables are for: parameters, moments, copies and steps change.
 
     Args:
         decoupled: the name of the option that tells AdamW from Adam.
-        tables: what the step before returned.
-
-    Raises:
-        InputError: a gradient or a state cannot be used; nothing was changed.
     """
     compile_kernel(update_words)  # should that fail, then before steps are counted
-    if tables is None or not tables.serve(operands):
-        tables = Tables(operands)
     count = len(tables.steps)
     steps = np.empty(count, np.float32)
     launch(count_steps, count, 1, tables.steps.ctypes.data, steps.ctypes.data)
@@ -39,7 +33,6 @@ def update(operands: Operands, groups: Sequence[Group], decoupled: str, tables: 
     launch(update_words, words, 32, tables.rows.ctypes.data, count, scalars.ctypes.data)
     for tensor, values in tables.put_back:
         tensor.copy_(values)
-    return tables
 
 
 def _scalars(steps: npt.NDArray[np.float32], groups: Sequence[Group], decoupled: str) -> npt.NDArray[np.void]:

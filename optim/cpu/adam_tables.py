@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from onebit.optim.adam import dense_like, is_dense
 from onebit.optim.cpu.adam import COLUMNS, NO_COPY
 
 _ROW = np.dtype([(name, np.int64) for name in COLUMNS])
-_dtype = attrgetter("dtype")
+_TENSORS = itemgetter("exp_avg", "exp_avg_sq", "step")
+
+States = Mapping[Tensor, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,12 @@ class Operands:
         steps: 0-dim fp32.
     """
 
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    copies: list[Tensor | None] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-
-    def kept(self) -> tuple[list[Tensor], ...]:
-        """What usually is where it was at the step before."""
-        return self.params, self.exp_avgs, self.exp_avg_sqs, self.steps
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    copies: list[Tensor | None]
 
 
 class Tables:
@@ -54,45 +53,65 @@ class Tables:
             another order than its parameter, or with gaps.
     """
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: Operands, state: States) -> None:
         """Make them for `operands`, whose lists get copies of what has to lie otherwise.
+
+        Args:
+            state: the optimizer's, of all its parameters.
 
         Raises:
             InputError: a gradient or a state is not what the loops would take it for.
         """
         _check(operands)
-        self.put_back, self._lasting = _lay_alike(operands)
-        self._kept = operands.kept()
-        self._copies = operands.copies
-        self._grad_dtypes = list(map(_dtype, operands.grads))
-        self._strides = list(map(Tensor.stride, operands.params))
-        self._numels = list(map(Tensor.numel, operands.params))
-        self._places = [list(map(Tensor.data_ptr, tensors)) for tensors in self._kept]
-        self.steps = np.array(self._places[-1], np.int64)
+        self._params = list(operands.params)
+        self._owners, self._entries = list(state), list(state.values())
+        self._states = [state[p] for p in self._params]
+        self._kept = list(chain.from_iterable(map(_TENSORS, self._states)))
+        self._copies = [copy for copy in operands.copies if copy is not None]
+        self._movable = [*operands.exp_avgs, *operands.exp_avg_sqs, *self._copies]
+        self._lasting = all(map(Tensor.is_contiguous, (*self._params, *operands.grads, *self._movable)))
+        self._places = list(map(Tensor.data_ptr, self._movable))
+        self._param_places = list(map(Tensor.data_ptr, self._params))
+        self._numels = list(map(Tensor.numel, self._params))
+        self._grad_dtypes = [grad.dtype for grad in operands.grads]
+        self.put_back = _lay_alike(operands)
+        self.steps = np.array([address(step) for step in operands.steps], np.int64)
         self.rows = self._rows(operands)
 
-    def serve(self, operands: Operands) -> bool:
+    def serve(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: States) -> bool:
         """Whether they are right for these tensors, too; they then have the addresses of the new gradients.
 
-        Written so that a tensor costs a microsecond: there may be ten thousand.
+        There may be ten thousand tensors, more than a cache holds: each is looked at in one go, as rarely as possible,
+        and no object is made for it that Python's garbage collector would have to look at.
         """
-        if not self._lasting or not _same(operands.copies, self._copies):
+        if not (self._lasting and _same(params, self._params)):
             return False
-        for before, now, places in zip(self._kept, operands.kept(), self._places, strict=True):
-            if not _same(before, now) or list(map(Tensor.data_ptr, now)) != places:
-                return False
-        for tensors in (operands.params, operands.grads):  # a parameter may have become a view of itself
-            if list(map(Tensor.stride, tensors)) != self._strides or list(map(Tensor.numel, tensors)) != self._numels:
-                return False
-        if list(map(_dtype, operands.grads)) != self._grad_dtypes:
+        if not (_same(state, self._owners) and _same(state.values(), self._entries)):
             return False
-        self.rows["grad"][:-1] = list(map(Tensor.data_ptr, operands.grads))
+        if not all(map(is_, chain.from_iterable(map(_TENSORS, self._states)), self._kept)):
+            return False
+        if list(map(Tensor.data_ptr, self._movable)) != self._places:
+            return False
+        expected = zip(params, self._param_places, self._numels, strict=True)
+        if False in [p.data_ptr() == place and p.numel() == numel for p, place, numel in expected]:
+            return False
+        wanted = zip(grads, self._numels, self._grad_dtypes, strict=True)
+        try:
+            places = [
+                g.data_ptr() if g.numel() == numel and g.dtype is dtype and g.is_contiguous() and g.is_cpu else None
+                for g, numel, dtype in wanted
+            ]
+        except RuntimeError:  # a sparse gradient has no address
+            return False
+        if None in places:
+            return False
+        self.rows["grad"][:-1] = places
         return True
 
     def _rows(self, operands: Operands) -> npt.NDArray[np.void]:
-        table = np.zeros(len(self._numels) + 1, _ROW)
+        table = np.zeros(len(operands.params) + 1, _ROW)
         rows = table[:-1]
-        rows["numel"] = self._numels
+        rows["numel"] = list(map(Tensor.numel, operands.params))
         np.cumsum((rows["numel"] + 31) >> 5, out=table["first_word"][1:])
         columns: dict[str, Sequence[Tensor | None]] = {
             "param": operands.params,
@@ -108,8 +127,8 @@ class Tables:
         return table
 
 
-def _same(before: Sequence[Tensor | None], now: Sequence[Tensor | None]) -> bool:
-    return len(before) == len(now) and all(map(is_, before, now))
+def _same(now: Collection[object], before: Collection[object]) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
 def _check(operands: Operands) -> None:
@@ -130,25 +149,28 @@ def _check(operands: Operands) -> None:
                 )
 
 
-def _lay_alike(operands: Operands) -> tuple[list[tuple[Tensor, Tensor]], bool]:
+def _lay_alike(operands: Operands) -> list[tuple[Tensor, Tensor]]:
     """Put a copy in the place of each tensor that does not lie in memory as its parameter does, or that has gaps.
 
     Returns:
-        Pairs of a tensor and its copy, for all that the step changes; and whether there was nothing to copy.
+        Pairs of a tensor and its copy, for all that the step changes.
     """
     lists: list[list[Any]] = [operands.params, operands.grads, operands.exp_avgs, operands.exp_avg_sqs]
     if operands.copies:
         lists.append(operands.copies)
     put_back: list[tuple[Tensor, Tensor]] = []
-    alike = True
     for index, p in enumerate(operands.params):
-        strides = p.stride() if is_dense(p) else dense_like(p, p.dtype).stride()
+        like = p if is_dense(p) else dense_like(p, p.dtype)
         for tensors in lists:
             tensor = tensors[index]
-            if tensor is None or tensor.stride() == strides:
+            if tensor is None or _order(tensor) == _order(like):
                 continue
-            alike = False
-            tensors[index] = torch.empty_strided(p.shape, strides, dtype=tensor.dtype).copy_(tensor)
+            tensors[index] = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype).copy_(tensor)
             if tensors is not operands.grads:
                 put_back.append((tensor, tensors[index]))
-    return put_back, alike
+    return put_back
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The strides that tell where elements lie."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
