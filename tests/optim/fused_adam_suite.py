@@ -76,7 +76,11 @@ def everything(optimizer: FusedAdam) -> list[bytes]:
 
 def table_inputs() -> list[Any]:
     """Torch's own table of option combinations, as AdamW and as Adam."""
-    cases = [(decoupled, case) for decoupled in (True, False) for case in adam_inputs("cuda")]
+    try:
+        inputs = adam_inputs("cuda")
+    except ImportError as error:
+        return [pytest.param(True, {}, marks=pytest.mark.skip(reason=f"torch's table cannot be had: {error}"))]
+    cases = [(decoupled, case) for decoupled in (True, False) for case in inputs]
     return [pytest.param(d, case.kwargs, id=f"{'AdamW' if d else 'Adam'}, {case.desc}") for d, case in cases]
 
 
@@ -102,8 +106,9 @@ class FusedAdamSuite:
             set_gradients(step, params, theirs)
             optimizer.step()
             reference.step()
+        moved = float(optimizer.param_groups[0]["lr"]) * STEPS
         for i, (p, q) in enumerate(zip(params, theirs, strict=True)):
-            assert_near(p, q, LR * STEPS, f"parameter {i}")
+            assert_near(p, q, moved, f"parameter {i}")
             assert_same_state(optimizer, p, reference, q, f"parameter {i}")
 
     def test_missing_gradients_make_no_step_and_steps_are_counted_for_each_parameter(
@@ -305,7 +310,7 @@ class FusedAdamSuite:
             for schedule in schedules:
                 schedule.step()
         for i, (p, q) in enumerate(zip(params, theirs, strict=True)):
-            assert_near(p, q, LR * STEPS, f"parameter {i}")
+            assert_near(p, q, 10 * LR * 30, f"parameter {i}")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
     def test_a_learning_rate_on_the_device_is_read_at_every_step(
