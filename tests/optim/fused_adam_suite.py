@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onebit.compress import InputError
 from onebit.optim import FusedAdam
-from tests.optim.torch_tables import adam_inputs
+from tests.optim.adam_inputs import torch_inputs
 
 SHAPES = [(3000,), (5, 7), (), (0,), (1,), (4097,), (64, 32), (1031,)]
 HALVES = [torch.bfloat16, torch.float16]
@@ -77,7 +77,7 @@ def everything(optimizer: FusedAdam) -> list[bytes]:
 def table_inputs() -> list[Any]:
     """Torch's own table of option combinations, as AdamW and as Adam."""
     try:
-        inputs = adam_inputs("cuda")
+        inputs = torch_inputs()
     except ImportError as error:
         return [pytest.param(True, {}, marks=pytest.mark.skip(reason=f"torch's table cannot be had: {error}"))]
     cases = [(decoupled, case) for decoupled in (True, False) for case in inputs]
