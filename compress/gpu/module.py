@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from onebit.compress.gpu.build import compile_source
 from onebit.compress.gpu.driver import Launch, current_context
 
 _FOLDER = Path(__file__).parent
@@ -41,7 +42,7 @@ def _prepared(file: str | Path, kernel: str, device: int, threads: int, argument
 def _function(file: str | Path, kernel: str, device: int) -> tuple[Any, int]:
     """A kernel on a device, and the context that it was loaded in."""
     with torch.cuda.device(device):
-        function = _module(file, device).get_function(kernel).kernel
+        function = _module(file, device).get_function(kernel)
         context = current_context()
     assert context is not None, "loading a module makes its context the thread's"
     return function, context
@@ -49,12 +50,13 @@ def _function(file: str | Path, kernel: str, device: int) -> tuple[Any, int]:
 
 @functools.cache
 def _module(file: str | Path, device: int) -> Any:
-    import cupy
+    from cupy.cuda import Module
 
-    # CuPy keeps the compiled code on disk, under a key of this text, the options and the compiler's version. Products
-    # and sums are rounded one by one: contraction would change the last bit.
-    code = with_headers(_FOLDER / file)
-    return cupy.RawModule(code=code, options=("--std=c++17", "--fmad=false", f"-DTHREADS={THREADS}"))
+    source = _FOLDER / file
+    capability = torch.cuda.get_device_capability(device)
+    module = Module()
+    module.load(compile_source(with_headers(source), source.name, capability, (f"-DTHREADS={THREADS}",)))
+    return module
 
 
 def with_headers(source: Path) -> str:

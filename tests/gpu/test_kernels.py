@@ -123,3 +123,13 @@ def test_the_reference_gives_the_same_bytes_on_a_gpu() -> None:
     payload = SignCodec().encode(x, residual)
     assert torch.equal(payload, SignCodec(kernels="reference").encode(x, residual_reference))
     assert torch.equal(residual, residual_reference)
+
+
+def test_subnormal_numbers_are_numbers() -> None:
+    codec, x = SignCodec(), torch.randn(5000) * 1e-39
+    residual, x_gpu = torch.randn(5000) * 1e-39, x.cuda()
+    residual_gpu = residual.cuda()
+    payload, payload_gpu = codec.encode(x, residual), codec.encode(x_gpu, residual_gpu)
+    assert same(payload, payload_gpu)
+    assert same(residual, residual_gpu)
+    assert codec.decode(payload_gpu, numel=5000).abs().min() > 0
