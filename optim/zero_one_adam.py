@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from onebit.optim.base import EXTRA
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.fused_groups import FusedGroups
+from onebit.optim.fused_local import FusedLocal
 from onebit.optim.known import known_indices
 from onebit.optim.local_steps import (
     KEPT,
@@ -33,6 +35,7 @@ from onebit.optim.local_steps import (
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, local_momenta
 from onebit.optim.options import check_adam_options, check_flags
+from onebit.optim.pending import PendingSteps
 from onebit.optim.policies import SyncPolicy, VariancePolicy
 
 _log = logging.getLogger(__name__)
@@ -78,9 +81,6 @@ class ZeroOneAdam(FusedGroups):
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire in synchronised steps.
 
-    Attributes:
-        left_out_steps: local steps that this rank took no part in, as it had a non-finite number.
-
     Raises:
         InputError: an option is out of range or a parameter has an unsupported dtype.
         BackendError: the backend is unknown or cannot be used.
@@ -120,8 +120,10 @@ class ZeroOneAdam(FusedGroups):
             "bias_correction": bias_correction,
             "maximize": maximize,
         }
-        self.left_out_steps = 0
-        self._left_out_now = False
+        self._left_out_steps = 0
+        self._taken: list[Tensor] = []
+        self._unheard = PendingSteps()
+        self._locals: WeakKeyDictionary[GroupReducers, FusedLocal] = WeakKeyDictionary()
         super().__init__(
             params,
             defaults,
@@ -131,6 +133,12 @@ class ZeroOneAdam(FusedGroups):
             backend=backend,
             codec=codec,
         )
+
+    @property
+    def left_out_steps(self) -> int:
+        """Local steps that this rank took no part in, as it had a non-finite number; waits for the device."""
+        self._unheard.wait()
+        return self._left_out_steps
 
     def phase(self, group: int = 0) -> str:
         """How the next step of a parameter group is planned: ``"variance"``, ``"sync"`` or ``"local"``."""
@@ -158,7 +166,8 @@ class ZeroOneAdam(FusedGroups):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.left_out_steps = state_dict.get(EXTRA, {}).get("left_out_steps", 0)
+        self._unheard.wait()
+        self._left_out_steps = state_dict.get(EXTRA, {}).get("left_out_steps", 0)
         for state in self.state.values():
             if "step" in state:  # where Adam or AdamW made it, every step updated the variance
                 state.setdefault("variance_step", state["step"].clone())
@@ -181,8 +190,13 @@ class ZeroOneAdam(FusedGroups):
         if kind == "variance" and not within:
             return _Variance(self, group, reducers)
         if kind == "local" and self.backend.size > 1:
-            return _Local(self, group, reducers)
+            fits = FusedLocal.can(*self._known(group), group, self._codec)
+            return (_FusedLocal if fits else _Local)(self, group, reducers)
         return _Sync(self, group, reducers)
+
+    def _renew(self, reducers: GroupReducers) -> None:
+        super()._renew(reducers)
+        self._locals.pop(reducers, None)
 
     def _known_gradients(self, group: Mapping[str, Any], reducers: GroupReducers) -> list[Tensor | None]:
         """This rank's gradients of the parameters that have a variance; until the freeze others may get one."""
@@ -206,18 +220,27 @@ class ZeroOneAdam(FusedGroups):
             return momenta, momenta
         return momenta, list(torch._foreach_lerp([s[MEAN] for s in states], momenta, reach.shares))
 
-    def _note_left_out(self) -> None:
-        self._left_out_now = True
-        self.left_out_steps += 1
+    def _note(self, taken: Tensor) -> None:
+        """A local step was taken, or this rank's contribution was left out; 0-dim bool, on any device."""
+        self._taken.append(taken)
+        self._unheard.add(taken, self._hear)
+        self._unheard.poll()
+
+    def _hear(self, taken: bool) -> None:
+        if taken:
+            return
+        self._left_out_steps += 1
         _log.warning(
             "rank %d: it leaves its own contribution to a local step out, as its gradient is not finite (%d so far)",
             self.backend.rank,
-            self.left_out_steps,
+            self._left_out_steps,
         )
 
     def _tell_scaler(self, made: Tensor) -> None:
-        super()._tell_scaler(made & (not self._left_out_now))
-        self._left_out_now = False
+        for taken in self._taken:
+            made = made.to(taken.device) & taken
+        self._taken.clear()
+        super()._tell_scaler(made)
 
     def _common_value(self, p: Tensor) -> Tensor:
         state = self.state.get(p, {})
@@ -262,7 +285,7 @@ class _Variance:
 
 
 class _Local:
-    """A step that a rank makes by itself."""
+    """A step that a rank makes by itself, by torch's operations."""
 
     def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self._optimizer = optimizer
@@ -291,6 +314,7 @@ class _Local:
                 state[MEAN] = mean.clone() if mean is momentum else mean
         else:
             self._leave_out()
+        self._optimizer._note(torch.tensor(self._taken))
         for state, rate, kept in zip(states, reach.rates, reach.kept, strict=True):
             state[RATE], state[KEPT] = rate, kept
         variances = [s["exp_avg_sq"] for s in states]
@@ -301,7 +325,31 @@ class _Local:
         """Add nothing to Σγ·m: its mean a gets smaller as Σγ grows."""
         for state, share in zip(self._states, self._reach.shares, strict=True):
             state[MEAN] = state[MEAN] * (1 - share) if MEAN in state else torch.zeros_like(state["exp_avg"])
-        self._optimizer._note_left_out()
+
+
+class _FusedLocal:
+    """A step that a rank makes by itself, in one pass over memory."""
+
+    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._optimizer = optimizer
+        self._group = group
+        self._reducers = reducers
+        self._params, self._states = optimizer._known(group)
+        self._gradients = optimizer._known_gradients(group, reducers)
+
+    def all_finite(self) -> Tensor:
+        """True, as of `_Local`."""
+        return torch.ones((), dtype=torch.bool)
+
+    def undo(self) -> None:
+        """Nothing was changed."""
+
+    def commit(self) -> None:
+        kept = self._optimizer._locals
+        if self._reducers not in kept:
+            kept[self._reducers] = FusedLocal(self._params)
+        taken = kept[self._reducers].step(self._params, self._states, self._gradients, self._group)
+        self._optimizer._note(taken)
 
 
 class _Sync:
