@@ -114,9 +114,9 @@ class AdamShare:
         for index in others:
             if (g := self._grads[index]) is not None and groups[self._groups[index]]["zero_gradients"]:
                 g.zero_()
-        updated = zip(self._params, self._grads, strict=True)
-        complete = self._of_grads.all()
-        torch.autograd.graph.increment_version(self._params if complete else [p for p, g in updated if g is not None])
+        rows = zip(self._params, self._grads, strict=True)
+        updated = self._params if self._of_grads.all() else [p for p, g in rows if g is not None]
+        torch.autograd.graph.increment_version(updated)
 
     def _elsewhere(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Copies of the parameters and of the gradients whose elements lie in another order than the moments'."""
@@ -125,8 +125,8 @@ class AdamShare:
             if self._grads[index] is not None:
                 p = self._params[index]
                 params[index] = dense_like(p, p.dtype).copy_(p)
-        given = [g for g in self._grads if g is not None]
-        if not (self._contiguous and all(map(Tensor.is_contiguous, given))):
+        given = self._grads if self._of_grads.all() else [g for g in self._grads if g is not None]
+        if not (self._contiguous and all(map(Tensor.is_contiguous, given))):  # type: ignore[arg-type]
             for index, g in enumerate(self._grads):
                 moment = self._known[2 * index]
                 if g is not None and _order(g) != _order(moment):

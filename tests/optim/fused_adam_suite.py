@@ -416,6 +416,28 @@ class FusedAdamSuite:
         for i, (p, q) in enumerate(zip([*params, *theirs], [*back[0], *back[1]], strict=True)):
             assert_near(p, q, 0.01 * STEPS, f"parameter {i}")
 
+    def test_a_state_of_apex_is_taken_with_the_step_of_its_group(self, make: Make, device: str) -> None:
+        params = parameters([(30,), (4, 5)], device)
+        theirs = twins(params)
+        reference = torch.optim.AdamW(theirs)
+        for step in range(3):
+            set_gradients(step, theirs)
+            reference.step()
+        saved = copy.deepcopy(reference.state_dict())
+        for entry in saved["state"].values():
+            del entry["step"]
+        options = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "bias_correction": True}
+        saved["param_groups"] = [{**options, "step": 3, "params": [0, 1]}]
+        others = twins(theirs)
+        optimizer = make(others)
+        optimizer.load_state_dict(saved)
+        set_gradients(3, theirs, others)
+        optimizer.step()
+        reference.step()
+        for i, (p, q) in enumerate(zip(others, theirs, strict=True)):
+            assert_near(p, q, LR, f"parameter {i}")
+            assert_same_state(optimizer, p, reference, q, f"parameter {i}")
+
     def test_a_loaded_state_goes_on_bit_for_bit(self, make: Make, device: str) -> None:
         params = parameters(SHAPES, device, torch.bfloat16)
         optimizer = make(params, master_weights=True)
