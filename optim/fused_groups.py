@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
+from onebit.comm import CompressedAllreduce
 from onebit.optim.base import CompressedOptimizer
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.fused import FusedMomentum
@@ -22,6 +23,7 @@ class FusedGroups(CompressedOptimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], **options: Any) -> None:
         self._fused: WeakKeyDictionary[GroupReducers, FusedMomentum] = WeakKeyDictionary()
         self._dead: WeakKeyDictionary[GroupReducers, list[Tensor] | None] = WeakKeyDictionary()
+        self._told: WeakSet[GroupReducers] = WeakSet()  # whose average knows what is dead
         super().__init__(params, defaults, **options)
 
     @property
@@ -60,11 +62,13 @@ class FusedGroups(CompressedOptimizer):
         if reducers not in self._dead:
             self._dead[reducers] = dead_masks(variances)
             reducers.remask(self._dead[reducers])
+            self._told.add(reducers)
         return self._dead[reducers]
 
     def _forget_dead(self, reducers: GroupReducers) -> None:
         """The variance is about to change."""
         self._dead.pop(reducers, None)
+        self._told.discard(reducers)
 
     def _renew(self, reducers: GroupReducers) -> None:
         """The list of parameters that have a variance is about to change."""
@@ -76,6 +80,14 @@ class FusedGroups(CompressedOptimizer):
         if reducers in self._fused:
             self._fused[reducers].release(*self._known(group))
 
+    def _average_of(self, reducers: GroupReducers, variances: Sequence[Tensor]) -> CompressedAllreduce:
+        """The compressed average of tensors like `variances`, without what is dead; it keeps a bit of each entry."""
+        reduce = reducers.compressed(variances, lambda: dead_masks(variances))
+        if reducers not in self._told:
+            reducers.remask(dead_masks(variances))
+            self._told.add(reducers)
+        return reduce
+
     def _fused_step(
         self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
     ) -> Exchange | None:
@@ -85,9 +97,7 @@ class FusedGroups(CompressedOptimizer):
             gradients: of the parameters that have a variance.
         """
         params, states = self._known(group)
-        variances = [s["exp_avg_sq"] for s in states]
-        masks = self._dead_of(reducers, variances)
-        reduce = reducers.compressed(variances, lambda: masks)  # like the momenta
+        reduce = self._average_of(reducers, [s["exp_avg_sq"] for s in states])
         if reducers not in self._fused:
             kernels = step_kernels(params[0].device, self._codec) if reduce.parts else None
             if kernels is None:

@@ -255,8 +255,7 @@ class _Compressed:
 
     def __init__(self, optimizer: OnebitAdam, frozen: _Frozen, reducers: GroupReducers) -> None:
         self._frozen = frozen
-        variances = frozen.variances()  # like the momenta
-        reduce = reducers.compressed(variances, lambda: optimizer._dead_of(reducers, variances))
+        reduce = optimizer._average_of(reducers, frozen.variances())  # like the momenta
         local = local_momenta(frozen.momenta(), frozen.own_gradients(), frozen.values(), frozen.group)
         self._work: CompressedWork = reduce.start(local)
         self._work.finish()

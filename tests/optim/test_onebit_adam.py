@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -384,6 +385,25 @@ def quiet(dead: Tensor) -> Callable[..., Gradients]:
 
 
 DEAD_OPTIONS: dict[str, Any] = {"freeze_step": 5, "lr": 0.1, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("codec", [SignCodec(), SignCodec(kernels="reference")], ids=["fused", "by torch's operations"])
+def test_dead_entries_are_remembered_as_a_bit_each_and_not_as_a_byte(codec: SignCodec) -> None:
+    numel = 3007  # no other tensor here has as many elements
+
+    def train(backend: Backend) -> int:
+        p = Parameter(values(0, shape=(numel,)))
+        optimizer = OnebitAdam([p], freeze_step=2, variance_refresh=3, backend=backend, codec=codec)
+        for number in range(7):
+            g = values(1, number, backend.rank, shape=(numel,))
+            g[::2] = 0.0
+            step(optimizer, [g])
+        backend.barrier()  # while all ranks have theirs
+        held = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.numel() == numel and t.dtype == torch.bool]
+        backend.barrier()
+        return len(held)
+
+    assert run_threads(2, train) == [0, 0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
