@@ -133,7 +133,7 @@ class Backend(ABC):
     Attributes:
         name: ``"gloo"``, ``"nccl"``, ``"mpi"``, ``"threads"`` or ``"single"``.
         rank, size: this rank's number in the group and the number of ranks.
-        device_type: the type of device whose tensors it carries, ``"cpu"`` or ``"cuda"``; None: any.
+        device_type: the one type of device whose tensors it carries, ``"cpu"`` or ``"cuda"``; None: several.
         timeout: seconds that a collective may take before `TransportError`.
         traffic: what this rank has sent.
     """
@@ -219,6 +219,15 @@ class Backend(ABC):
         self.traffic.add(sent)
         return Work(self, "all_reduce", handle)
 
+    def carries(self, device: torch.device) -> bool:
+        """Whether it carries tensors on `device`."""
+        return self.device_type in (None, device.type)
+
+    @property
+    def carried(self) -> str:
+        """The types of devices whose tensors it carries, for messages."""
+        return self.device_type or "all"
+
     def barrier(self) -> None:
         """Return when every rank has called it; TransportError after the timeout."""
         with self.guard("barrier"):
@@ -255,11 +264,11 @@ class Backend(ABC):
     def _check(self, operation: str, *tensors: Tensor) -> None:
         first = tensors[0]
         for tensor in tensors:
-            if self.device_type is not None and tensor.device.type != self.device_type:
+            if not self.carries(tensor.device):
                 raise BackendError(
-                    f"rank {self.rank}: {operation} on the {self.name!r} backend carries {self.device_type} tensors, "
+                    f"rank {self.rank}: {operation} on the {self.name!r} backend carries {self.carried} tensors, "
                     f"got one on {tensor.device}; move it, or name a backend for that device ('gloo', 'mpi' or "
-                    "'threads' for cpu, 'nccl' for cuda)"
+                    "'threads' for cpu, 'nccl' or 'mpi' for cuda)"
                 )
             if tensor.dim() != 1 or not tensor.is_contiguous():
                 raise BackendError(f"rank {self.rank}: {operation} takes contiguous 1-D tensors, got {_shape(tensor)}")

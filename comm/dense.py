@@ -113,13 +113,12 @@ class _DenseBucket:
         self._numel = end - start
         padded = ceil_div(self._numel, backend.size) * backend.size
         self._mine, self._theirs = torch.zeros(2, padded, device=device)
+        self._slots = list(self._mine[: self._numel].split([numel for _, _, numel in self._pieces]))
         self._work: Work | None = None
 
     def exchange(self, tensors: Sequence[Tensor]) -> None:
-        at = 0
-        for tensor, offset, numel in self._pieces:
-            self._mine[at : at + numel] = tensors[tensor].reshape(-1)[offset : offset + numel]
-            at += numel
+        # On CUDA this is a few kernels, however many tensors there are.
+        torch._foreach_copy_(self._slots, [_flat(tensors[t], offset, numel) for t, offset, numel in self._pieces])
         self._work = self._backend.all_to_all(self._theirs, self._mine)
 
     def reduce(self) -> None:
@@ -135,14 +134,24 @@ class _DenseBucket:
             self._work.wait()
 
     def write(self, tensors: Sequence[Tensor]) -> None:
-        at = 0
-        for tensor, offset, numel in self._pieces:
-            target = tensors[tensor]
-            flat = target.view(-1) if target.is_contiguous() else target.reshape(-1)
-            flat[offset : offset + numel] = self._mine[at : at + numel]
-            if flat.data_ptr() != target.data_ptr():
-                target.copy_(flat.view(target.shape))
-            at += numel
+        targets = [_flat(tensors[t], offset, numel) for t, offset, numel in self._pieces]
+        torch._foreach_copy_(targets, self._slots)
+        for (t, offset, numel), written in zip(self._pieces, targets, strict=True):
+            if not tensors[t].is_contiguous():  # what was written is a copy
+                _write_flat(tensors[t], offset, numel, written)
+
+
+def _flat(tensor: Tensor, offset: int, numel: int) -> Tensor:
+    """Elements [offset, offset + numel) in row-major order: those of the tensor itself if it is contiguous."""
+    flat = tensor.reshape(-1)
+    return flat if numel == tensor.numel() else flat[offset : offset + numel]
+
+
+def _write_flat(tensor: Tensor, offset: int, numel: int, values: Tensor) -> None:
+    """Write elements [offset, offset + numel) of a tensor of any strides."""
+    rows = tensor.contiguous()
+    rows.view(-1)[offset : offset + numel] = values
+    tensor.copy_(rows)
 
 
 def _pieces(sizes: Sequence[int], start: int, end: int) -> Iterator[tuple[int, int, int]]:

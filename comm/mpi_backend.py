@@ -28,6 +28,7 @@ EXIT_GRACE = 1.0  # seconds that an unfinished collective is given when the inte
 
 _MPICH_CUDA = 0  # MPIX_GPU_SUPPORT_CUDA
 
+CARRIED = ("cpu", "cuda")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -72,6 +73,15 @@ class MpiBackend(Backend):
             self._communicator = _duplicate(self._mpi, communicator, self.timeout)
         self._staging = Staging()
         self.cuda_aware = query_cuda_support(self._mpi)
+
+    def carries(self, device: torch.device) -> bool:
+        """Whether it carries tensors on `device`."""
+        return device.type in CARRIED
+
+    @property
+    def carried(self) -> str:
+        """The types of devices whose tensors it carries, for messages."""
+        return " and ".join(CARRIED)
 
     def _all_to_all(self, output: Tensor, input: Tensor) -> Handle:
         sent, received = self._readable(input), self._writable(output)
@@ -129,15 +139,6 @@ class MpiBackend(Backend):
 
     def _moving(self, request: Any, sent: Tensor, received: Tensor, output: Tensor) -> Handle:
         return self._in_flight([request], sent, received, finish=lambda: self._staging.deliver(received, output))
-
-    def _check(self, operation: str, *tensors: Tensor) -> None:
-        for tensor in tensors:
-            if tensor.device.type not in ("cpu", "cuda"):
-                raise BackendError(
-                    f"rank {self.rank}: {operation} on the 'mpi' backend carries cpu and cuda tensors, got one on "
-                    f"{tensor.device}; move it"
-                )
-        super()._check(operation, *tensors)
 
     def _in_flight(
         self, requests: Sequence[Any], *buffers: Tensor, finish: Callable[[], object] | None = None

@@ -40,9 +40,9 @@ def make_backend(
     """
     device_type = None if device is None else torch.device(device).type
     backend = _resolve(spec, device_type, timeout)
-    if device_type is not None and backend.device_type not in (None, device_type):
+    if device is not None and not backend.carries(torch.device(device)):
         raise BackendError(
-            f"rank {backend.rank}: the {backend.name!r} backend carries {backend.device_type} tensors, and these are "
+            f"rank {backend.rank}: the {backend.name!r} backend carries {backend.carried} tensors, and these are "
             f"on {device}; move them, or name a backend for {device_type}"
         )
     return backend

@@ -35,7 +35,7 @@ def resolve(tensors: Sequence[Tensor], backend: object) -> Backend:
     """The backend to use for these tensors; see `make_backend`."""
     if isinstance(backend, (str, Backend)):
         named = make_backend(backend)
-        if named.device_type == "cpu":
+        if named.device_type != "cuda":
             return named  # it can tell all ranks if one brings tensors that it does not carry; agree_on_tensors does
     device = tensors[0].device if tensors else torch.device("cpu")
     return make_backend(backend, device=device)
@@ -119,9 +119,9 @@ def _refusal(backend: Backend, subject: str, tensors: Sequence[Tensor]) -> Input
             return InputError(
                 f"{where} must be dense float32, bfloat16 or float16, got {describe(t)}{kind}; convert it first"
             )
-        if backend.device_type not in (None, t.device.type):
+        if not backend.carries(t.device):
             return InputError(
-                f"{where} is on {t.device}, but the {backend.name!r} backend carries {backend.device_type} tensors; "
+                f"{where} is on {t.device}, but the {backend.name!r} backend carries {backend.carried} tensors; "
                 "move it, or use 'gloo' or 'mpi' for cpu tensors and 'nccl' or 'mpi' for cuda tensors"
             )
         if t.device != tensors[0].device:

@@ -115,7 +115,7 @@ CASES = {
         fact="their input",
         usual="accepted",
         odd="refused: .*",
-        refused="tensor 0 is on meta, but the '(gloo|mpi)' backend carries cpu tensors; move it, or use",
+        refused="tensor 0 is on meta, but the '(gloo|mpi)' backend carries cpu( and cuda)? tensors; move it, or use",
         kinds=("gloo", "mpi"),
     ),
     "integers on all ranks": Case(
