@@ -74,6 +74,17 @@ def local_momentum(
             simd.store_f32(c + word * WORD, simd.add(kept, simd.multiply(by, simd.load_f32(c + word * WORD))))
 
 
+@inline
+def whole_sum(c: int, grad: int, r: int, bits: int, kept: float, alpha: float, words: int) -> None:
+    """c <- ((± `kept`) + (α·g)) + r of a block whose elements all take part, in registers; signs at `bits`."""
+    up, down, by = simd.splat(kept), simd.splat(-kept), simd.splat(alpha)
+    for word in range(words):
+        at = word * WORD
+        m = simd.select(simd.get_word(bits + 4 * word), up, down)
+        local = simd.add(m, simd.multiply(by, simd.load_f32(grad + at)))
+        simd.store_f32(c + at, simd.add(local, simd.load_f32(r + at)))
+
+
 def encode_momentum_blocks(
     first: int,
     last: int,
@@ -102,6 +113,8 @@ def encode_momentum_blocks(
     words = block_size >> 5
     scratch = np.empty(2 * block_size, np.float32)
     c = scratch.ctypes.data
+    beta1, alpha = simd.get_f32(factors), simd.get_f32(factors + 4)
+    plain = momenta == 0 and simd.get_f32(factors + 8) == _ZERO
     for block in range(first, last):
         n = simd.get_i32_at(counts, block)
         tensor, offset = simd.get_i32_at(tensors, block), simd.get_i64_at(offsets, block)
@@ -112,23 +125,28 @@ def encode_momentum_blocks(
         scale = payload_bytes * chunk + bits_bytes + 4 * index
         r = residual + 4 * block_size * block
         old = simd.get_f32(payloads + scale) if momenta == 0 else _ZERO
-        local_momentum(
-            c,
-            c + 4 * block_size,
-            tensor,
-            offset,
-            n,
-            words,
-            grads,
-            grad_codes,
-            momenta,
-            params,
-            param_codes,
-            payloads + bits,
-            old,
-            factors,
-        )
-        add_residual(c, r, n, words, dead)
+        grad = simd.get_i64_at(grads, tensor)
+        whole = plain and grad != 0 and dead == 0 and n == block_size
+        if whole and simd.get_i64_at(grad_codes, tensor) == F32:
+            whole_sum(c, element(grad, offset, F32), r, payloads + bits, beta1 * old, alpha, words)
+        else:
+            local_momentum(
+                c,
+                c + 4 * block_size,
+                tensor,
+                offset,
+                n,
+                words,
+                grads,
+                grad_codes,
+                momenta,
+                params,
+                param_codes,
+                payloads + bits,
+                old,
+                factors,
+            )
+            add_residual(c, r, n, words, dead)
         finish_block(c, r, out + bits, out + scale, n, words, dead, squared, stage, sums + 12 * block)
     scratch[0] = 0.0  # the last use
 
@@ -197,6 +215,12 @@ def undo_encode_blocks(
     scratch[0] = 0.0  # the last use
 
 
+@inline
+def part_of(step: Any, variance: Any, root: Any, eps: Any) -> Any:
+    """step / ((√variance · root) + ε), all vectors."""
+    return simd.divide(step, simd.add(simd.multiply(simd.square_root(variance), root), eps))
+
+
 def decode_update_blocks(
     first: int,
     last: int,
@@ -239,16 +263,26 @@ def decode_update_blocks(
         dtype = simd.get_i64_at(param_codes, tensor)
         p = element(simd.get_i64_at(params, tensor), offset, dtype)
         master = simd.get_i64_at(masters, tensor)
+        spread = element(simd.get_i64_at(variances, tensor), offset, F32)
+        if (
+            dtype == F32 and master == 0 and dead == 0 and n == block_size
+        ):  # in registers, so that loads overlap with divisions
+            for word in range(words):
+                at = word * WORD
+                m = simd.select(simd.get_word(bits + 4 * word), up, down)
+                kept = simd.multiply(simd.load_f32(p + at), keep)
+                simd.store_f32(p + at, simd.subtract(kept, part_of(m, simd.load_f32(spread + at), root, least)))
+            continue
         if master != 0:
             load_values(w, element(master, offset, F32), F32, n, words)
         else:
             load_values(w, p, dtype, n, words)
-        load_values(v, element(simd.get_i64_at(variances, tensor), offset, F32), F32, n, words)
+        load_values(v, spread, F32, n, words)
         for word in range(words):
             at = word * WORD
+            m = simd.select(simd.get_word(bits + 4 * word), up, down)
             kept = simd.multiply(simd.load_f32(w + at), keep)
-            spread = simd.add(simd.multiply(simd.square_root(simd.load_f32(v + at)), root), least)
-            moved = simd.subtract(kept, simd.divide(simd.select(simd.get_word(bits + 4 * word), up, down), spread))
+            moved = simd.subtract(kept, part_of(m, simd.load_f32(v + at), root, least))
             simd.store_f32(w + at, simd.select(live_lanes(n, word, dead), moved, kept))
         if master != 0:
             store_values(element(master, offset, F32), w, F32, n)
