@@ -43,6 +43,7 @@ class Run:
     weight_decay: float
     warmup: float = 0.15
     beta2: float
+    eps: float = 1e-6
     width: int
     layers: int
     heads: int = 1
@@ -81,7 +82,7 @@ RECIPES = {
         family={"adamw": {"lr": 3e-3, "beta2": 0.95}, "lamb": {"lr": 1e-2, "beta2": 0.999}},
     ),
     "bytes": Recipe(
-        common={"steps": 600, "batch": 16, "weight_decay": 0.01, "width": 96, "layers": 3, "heads": 3, "context": 96},
+        common={"steps": 2000, "batch": 16, "weight_decay": 0.01, "width": 64, "layers": 2, "heads": 2, "context": 48},
         family={"adamw": {"lr": 3e-3, "beta2": 0.95}, "lamb": {"lr": 1e-2, "beta2": 0.999}},
     ),
     # 125 million parameters; one H200 makes a step in some 30 ms.

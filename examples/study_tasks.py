@@ -103,10 +103,10 @@ def make_task(run: Run) -> Task:
 
 
 def learning_rate_factor(step: int, run: Run) -> float:
-    """A linear warm-up over half of the optimizer's own, then a cosine down to a tenth."""
+    """A linear warm-up over half of the optimizer's own, then a cosine down to 0."""
     warmup = max(1, run.freeze_step // 2)
     progress = max(0, step - warmup) / max(1, run.steps - warmup)
-    return min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * progress))
+    return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def load_digits() -> tuple[Tensor, Tensor]:

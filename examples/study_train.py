@@ -8,6 +8,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -140,24 +141,23 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter], backend: Backend) -
     decay = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": run.weight_decay}]
     rest = [p for p in parameters if p.dim() <= 1]
     groups = [*decay, *([{"params": rest, "weight_decay": 0.0}] if rest else [])]
-    lr, betas = run.lr, (0.9, run.beta2)
+    common: dict[str, Any] = {"lr": run.lr, "betas": (0.9, run.beta2), "eps": run.eps}
     if run.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+        return torch.optim.AdamW(groups, **common)
     if run.optimizer == "onebit-adam":
-        return OnebitAdam(groups, lr=lr, betas=betas, freeze_step=run.freeze_step, backend=backend)
+        return OnebitAdam(groups, **common, freeze_step=run.freeze_step, backend=backend)
     if run.optimizer == "onebit-adam-auto":
-        return OnebitAdam(groups, lr=lr, betas=betas, freeze_step="auto", backend=backend)
+        return OnebitAdam(groups, **common, freeze_step="auto", backend=backend)
     if run.optimizer == "zero-one-adam":
         return ZeroOneAdam(
             groups,
-            lr=lr,
-            betas=betas,
+            **common,
             var_freeze_step=run.freeze_step,
             local_step_scaler=max(1, run.steps // 5),  # published: 32678 of some 150,000 steps
             backend=backend,
         )
     freeze_step = run.freeze_step if run.optimizer == "onebit-lamb" else run.steps  # LAMB never freezes
-    return OnebitLamb(groups, lr=lr, betas=betas, freeze_step=freeze_step, backend=backend)
+    return OnebitLamb(groups, **common, freeze_step=freeze_step, backend=backend)
 
 
 @torch.no_grad()
