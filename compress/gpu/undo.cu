@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) undo_reduce(
     if (keep != nullptr && *keep) return;
     int lane = threadIdx.x & 31;
     i64 bytes = block_size / 8;
-    for (i64 warp = warp_index(); warp < n; warp += (i64)gridDim.x * (blockDim.x / 32)) {
+    for (i64 warp = warp_index(); warp < n; warp += all_warps()) {
         Entry entry = entries[warp];
         i64 block = entry.block % chunk_blocks;
         float said = reinterpret_cast<const float*>(sent + bits_bytes)[block];
