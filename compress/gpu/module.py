@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from onebit.compress.gpu.driver import Launch, current_context
 _FOLDER = Path(__file__).parent
 THREADS = 256  # per thread block
 PREPARED = 4096  # launches that are kept ready, some 300 bytes each
+_loading = threading.Lock()
 
 
 def launch(file: str | Path, kernel: str, device: torch.device, threads: int, *arguments: int) -> None:
@@ -38,9 +40,14 @@ def _prepared(file: str | Path, kernel: str, device: int, threads: int, argument
     return Launch(function.ptr, context, device, -(-threads // THREADS), THREADS, arguments)
 
 
-@functools.cache
 def _function(file: str | Path, kernel: str, device: int) -> tuple[Any, int]:
     """A kernel on a device, and the context that it was loaded in."""
+    with _loading:  # of two threads that load a module at once, one would keep a kernel of the one that is dropped
+        return _loaded(file, kernel, device)
+
+
+@functools.cache
+def _loaded(file: str | Path, kernel: str, device: int) -> tuple[Any, int]:
     with torch.cuda.device(device):
         function = _module(file, device).get_function(kernel)
         context = current_context()
