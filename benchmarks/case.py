@@ -55,7 +55,7 @@ class Case(Generic[State]):
     Attributes:
         name: what `--case` and the tables call it.
         summary: one line for `--help`.
-        family: the cases that are timed together, turn by turn: ``"kernels"`` or ``"collectives"``.
+        family: the cases that are timed together, turn by turn, such as ``"kernels"``.
         role: what it serves as, when others are measured against it (``"copy"``, ``"chain"``, ``"plain"``).
         against: the roles it is measured against; the fastest case of a role is the yardstick.
         moved: the bytes that algbw counts: read and written in memory by a kernel, or the tensor of a collective.

@@ -9,9 +9,10 @@ from onebit.benchmarks.adam import ADAM_RANKS
 from onebit.benchmarks.case import Case
 from onebit.benchmarks.collectives import COLLECTIVES
 from onebit.benchmarks.kernels import KERNELS
+from onebit.benchmarks.onebit_steps import STEPS
 from onebit.benchmarks.yardsticks import YARDSTICKS
 
-CASES: tuple[Case[Any], ...] = (*YARDSTICKS, *KERNELS, *COLLECTIVES, *ADAM_RANKS)
+CASES: tuple[Case[Any], ...] = (*YARDSTICKS, *KERNELS, *COLLECTIVES, *ADAM_RANKS, *STEPS)
 
 
 def select(names: Iterable[str], cases: tuple[Case[Any], ...] = CASES) -> list[list[Case[Any]]]:
