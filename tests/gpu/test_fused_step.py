@@ -171,7 +171,7 @@ def check_replicas_are_bit_equal_in_all_phases(backend: Backend) -> None:
         optimizer = make(params, backend, master_weights=dtype != torch.float32, variance_refresh=4)
         for number in range(12):
             step(optimizer, given(params, backend.rank, number))
-            mine = torch.cat([p.detach().reshape(-1).view(torch.uint8) for p in params])
+            mine = torch.cat([p.detach().reshape(-1) for p in params]).view(torch.uint8)
             every = torch.empty(backend.size * mine.numel(), dtype=torch.uint8, device="cuda")
             backend.all_gather(every, mine).wait()
             rows = every.view(backend.size, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -47,7 +48,7 @@ def train(backend: Backend, device: str, dtype: torch.dtype, bad: bool) -> tuple
             p.grad = g.to(device, dtype)
         kinds.append(optimizer.phase())
         optimizer.step()
-        seen.append([p.detach().cpu().float() for p in params])
+        seen.append([p.detach().cpu().float().clone() for p in params])
     return seen, kinds, optimizer.left_out_steps
 
 
@@ -83,7 +84,7 @@ def test_a_run_saved_in_the_middle_of_an_interval_resumes_bit_for_bit() -> None:
                 assert optimizer.phase() == "local"
                 other_p = Parameter(p.detach().clone())
                 other = ZeroOneAdam([other_p], backend=backend, **OPTIONS)
-                other.load_state_dict(optimizer.state_dict())
+                other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch takes tensors as they are
             for param, stepped in ((p, optimizer), (other_p, other)):
                 if param is not None and stepped is not None:
                     param.grad = g.clone()
