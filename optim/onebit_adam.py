@@ -183,12 +183,17 @@ class _Dense:
         group = self._group
         params = [group["params"][i] for i in used]
         states = [adam_state(self._states, p) for p in params]
+        means = [self._mean.means[i] for i in used]
+        if any(s["step"] != s["variance_step"] for s in states):  # it was frozen for a while; torch knows one count
+            _take_in(group, params, states, means, [1] * len(states))
+            _move(group, params, states)
+            return
         values = fp32_values(params, states, group)
         steps = [s["step"] for s in states]
         counted = steps if group["bias_correction"] else [torch.full_like(s, torch.inf) for s in steps]
         (adamw if group["adamw_mode"] else adam)(
             values,
-            [self._mean.means[i] for i in used],
+            means,
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -236,18 +241,8 @@ class _Frozen:
         return fp32_values(self.params, self.states, self.group)
 
     def update(self) -> None:
-        """x <- x - lr·λ·x - lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵀ)) + ε), with the m and v that there are now."""
-        if not self.params:
-            return
-        group, values = self.group, self.values()
-        torch._foreach_add_([s["step"] for s in self.states], 1.0)
-        decay(values, group)
-        rates, roots = zip(*(corrections(s, group) for s in self.states), strict=True)
-        spread = torch._foreach_sqrt(self.variances())
-        torch._foreach_div_(spread, list(roots))
-        torch._foreach_add_(spread, group["eps"])
-        torch._foreach_addcdiv_(values, self.momenta(), spread, [-float(group["lr"]) * rate for rate in rates])
-        write_back(self.params, values)
+        if self.params:
+            _move(self.group, self.params, self.states)
 
 
 class _Compressed:
@@ -285,14 +280,38 @@ class _Refresh:
         """Nothing was changed."""
 
     def commit(self) -> None:
-        frozen, mean = self._frozen, self._mean
-        group = frozen.group
-        gradients = wanted([mean.means[i] for i in frozen.indices], frozen.values(), group)
-        if gradients:
-            torch._foreach_lerp_(frozen.momenta(), gradients, 1 - group["betas"][0])
-        kept = group["betas"][1] ** group["variance_refresh"]
-        for i, g, state in zip(frozen.indices, gradients, frozen.states, strict=True):
-            if mean.present[i]:
-                state["exp_avg_sq"].mul_(kept).addcmul_(g, g, value=1 - kept)
-                state["variance_step"] += group["variance_refresh"]
+        frozen, mean, every = self._frozen, self._mean, self._frozen.group["variance_refresh"]
+        means = [mean.means[i] for i in frozen.indices]
+        _take_in(frozen.group, frozen.params, frozen.states, means, [every * mean.present[i] for i in frozen.indices])
         frozen.update()
+
+
+States = Sequence[dict[str, Any]]
+
+
+def _take_in(
+    group: Mapping[str, Any], params: Sequence[Tensor], states: States, means: list[Tensor], ages: list[int]
+) -> None:
+    """m <- β₁·m + (1-β₁)·g and v <- β₂ᵏ·v + (1-β₂ᵏ)·g², for mean gradients that stand for k steps, `ages`."""
+    beta1, beta2 = group["betas"]
+    gradients = wanted(means, fp32_values(params, states, group), group)
+    for g, state, age in zip(gradients, states, ages, strict=True):
+        kept = beta2**age
+        state["exp_avg"].lerp_(g, 1 - beta1)
+        if age:
+            state["exp_avg_sq"].mul_(kept).addcmul_(g, g, value=1 - kept)
+            state["variance_step"] += age
+
+
+def _move(group: Mapping[str, Any], params: Sequence[Tensor], states: States) -> None:
+    """x <- x - lr·λ·x - lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵀ)) + ε), with the m and v that there are now."""
+    values = fp32_values(params, states, group)
+    torch._foreach_add_([s["step"] for s in states], 1.0)
+    decay(values, group)
+    rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
+    spread = torch._foreach_sqrt([s["exp_avg_sq"] for s in states])
+    torch._foreach_div_(spread, list(roots))
+    torch._foreach_add_(spread, group["eps"])
+    momenta = [s["exp_avg"] for s in states]
+    torch._foreach_addcdiv_(values, momenta, spread, [-float(group["lr"]) * rate for rate in rates])
+    write_back(params, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
@@ -13,7 +14,7 @@ from onebit.comm import Backend, InputError, MismatchError, run_threads
 from onebit.comm.threads_backend import ThreadsBackend
 from onebit.optim import OnebitAdam
 from tests.comm.samples import bits
-from tests.optim.samples import contents, feedback, gradients, mean_of, parameters, step, through_a_file
+from tests.optim.samples import contents, feedback, gradients, mean_of, parameters, step, through_a_file, values
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -79,6 +80,28 @@ def test_switching_compression_off_for_a_group_makes_its_next_step_dense() -> No
     dense, small = 4 * (4096 + 2), 2 * (4096 // 2 // 8 + 16)
     expected = [("warmup", dense)] * 2 + [("compressed", small)] * 2 + [("dense", dense)] * 2
     assert run_threads(2, train) == [expected] * 2
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_dense_steps_after_a_freeze_correct_the_variance_for_the_steps_that_it_has_seen(bias_correction: bool) -> None:
+    beta1, beta2, lr, eps = 0.9, 0.99, 1e-2, 1e-8
+    p = Parameter(values(0, shape=(50,)))
+    options: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": 0.1, "freeze_step": 3}
+    optimizer = OnebitAdam([p], backend="single", bias_correction=bias_correction, **options)
+    x, m, v, age = p.detach().double().numpy().copy(), np.zeros(50), np.zeros(50), 0
+    for number in range(30):
+        optimizer.param_groups[0]["compress"] = number < 20
+        g = values(1, number, shape=(50,))
+        step(optimizer, [g])
+        m = beta1 * m + (1 - beta1) * g.double().numpy()
+        if number < 3 or number >= 20:
+            v = beta2 * v + (1 - beta2) * g.double().numpy() ** 2
+            age += 1
+        rate, root = (1 / (1 - beta1 ** (number + 1)), 1 - beta2**age) if bias_correction else (1.0, 1.0)
+        x = x - 0.1 * lr * x - lr * rate * m / (np.sqrt(v / root) + eps)
+    # 30 steps of some ten roundings of numbers about 1; the wrong count would move them by percents of 30·lr.
+    np.testing.assert_allclose(p.detach().numpy(), x, atol=30 * 10 * 2.0**-24)
+    assert float(optimizer.state[p]["variance_step"]) == age
 
 
 def test_a_group_that_was_dense_for_a_while_compresses_what_is_alive_then() -> None:
