@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onebit.comm.tensors import describe
 from onebit.compress import InputError
-from onebit.optim.adam import AdamBase, Ready, is_dense, with_gradients
+from onebit.optim.adam import AdamBase, Ready, is_dense
 
 if TYPE_CHECKING:
     from onebit.optim.cpu.adam_tables import Tables
@@ -115,32 +115,34 @@ class CPUAdam(AdamBase):
                 copy.copy_(p)
 
     def _ready(self, group: dict[str, Any]) -> Ready:
-        return with_gradients(group)  # checked in _update, if they are not where they were
+        return Ready(group, group["params"], [])  # _update looks at gradients, and checks what is not where it was
 
     def _update(self, ready: Sequence[Ready]) -> None:
         from onebit.optim.cpu.adam_step import update  # imports Numba
 
-        params = [p for one in ready for p in one.params]
-        grads = [g for one in ready for g in one.grads]
-        if self._tables is None or not self._tables.serve(params, grads, self.state):
-            self._tables = self._new_tables(ready, params, grads)
-        update(self._tables, [(one.group, len(one.params)) for one in ready], self.mode_option)
+        every = [p for one in ready for p in one.params]
+        tables = self._tables
+        if tables is None or not tables.serve(every, self.state):
+            tables = self._new_tables(every)
+        update(tables, self.param_groups, self.mode_option)
+        self._tables = tables if tables.lasting else None
 
-    def _new_tables(self, ready: Sequence[Ready], params: list[Tensor], grads: list[Tensor]) -> Tables:
+    def _new_tables(self, every: Sequence[Tensor]) -> Tables:
         from onebit.optim.cpu.adam_tables import Operands, Tables
 
-        for one in ready:
-            self._check_tensors(one)
-        states = [self._state_of(one.group, p) for one in ready for p in one.params]
+        groups = [super(CPUAdam, self)._ready(group) for group in self.param_groups]  # all are checked before any state
+        params = [p for one in groups for p in one.params]
+        states = [self._state_of(one.group, p) for one in groups for p in one.params]
         operands = Operands(
             params=params,
-            grads=grads,
+            grads=[g for one in groups for g in one.grads],
             exp_avgs=[state["exp_avg"] for state in states],
             exp_avg_sqs=[state["exp_avg_sq"] for state in states],
             steps=[state["step"] for state in states],
             copies=[self._copies.get(p) for p in params] if self._copies else [],
+            counts=[len(one.params) for one in groups],
         )
-        return Tables(operands, self.state)
+        return Tables(operands, every, self.state)
 
     def _forget(self) -> None:
         self._tables = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,24 +18,25 @@ _FACTORS = np.dtype([(name, np.float32) for name in SCALARS])
 Group = tuple[Mapping[str, Any], int]  # options, and the number of tensors, one after the other, that they are for
 
 
-def update(tables: Tables, groups: Sequence[Group], decoupled: str) -> None:
+def update(tables: Tables, groups: Sequence[Mapping[str, Any]], decoupled: str) -> None:
     """Make the step that the tables are for: parameters, moments, copies and steps change.
 
     Args:
+        groups: options of each group.
         decoupled: the name of the option that tells AdamW from Adam.
     """
     compile_kernel(update_words)  # should that fail, then before steps are counted
     count = len(tables.steps)
     steps = np.empty(count, np.float32)
     launch(count_steps, count, 1, tables.steps.ctypes.data, steps.ctypes.data)
-    scalars = _scalars(steps, groups, decoupled)
+    scalars = _scalars(steps, zip(groups, tables.counts, strict=True), decoupled)
     words = int(tables.rows["first_word"][-1])
     launch(update_words, words, 32, tables.rows.ctypes.data, count, scalars.ctypes.data)
     for tensor, values in tables.put_back:
         tensor.copy_(values)
 
 
-def _scalars(steps: npt.NDArray[np.float32], groups: Sequence[Group], decoupled: str) -> npt.NDArray[np.void]:
+def _scalars(steps: npt.NDArray[np.float32], groups: Iterable[Group], decoupled: str) -> npt.NDArray[np.void]:
     """Each parameter's SCALARS for its own count of steps, found in double precision as torch does."""
     scalars = np.empty(len(steps), _FACTORS)
     first = 0

@@ -33,6 +33,7 @@ class Operands:
     Attributes:
         copies: what takes the parameter's new value in bf16 or fp16, or None; an empty list: nobody wants any.
         steps: 0-dim fp32.
+        counts: how many of the parameters, in order, are each group's.
     """
 
     params: list[Tensor]
@@ -41,6 +42,7 @@ class Operands:
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
     copies: list[Tensor | None]
+    counts: list[int]
 
 
 class Tables:
@@ -48,28 +50,33 @@ class Tables:
 
     Attributes:
         rows: COLUMNS of each tensor, and one row more that says at which word the last tensor ends.
-        steps: addresses of the counts.
+        steps: addresses of the counts of steps.
+        counts: how many of the rows, in order, are each group's.
         put_back: pairs of a tensor and of the copy that the step changes in its place, because it lies in memory in
             another order than its parameter, or with gaps.
+        lasting: whether later steps may ask them to `serve`; others hold copies of gradients.
     """
 
-    def __init__(self, operands: Operands, state: States) -> None:
+    def __init__(self, operands: Operands, every: Sequence[Tensor], state: States) -> None:
         """Make them for `operands`, whose lists get copies of what has to lie otherwise.
 
         Args:
-            state: the optimizer's, of all its parameters.
+            every: the optimizer's parameters, those without a gradient too.
+            state: the optimizer's.
 
         Raises:
             InputError: a gradient or a state is not what the loops would take it for.
         """
         _check(operands)
+        self._every = list(every)
+        self._absent = [p for p in every if p.grad is None]
         self._params = list(operands.params)
         self._owners, self._entries = list(state), list(state.values())
         self._states = [state[p] for p in self._params]
         self._kept = list(chain.from_iterable(map(_TENSORS, self._states)))
         self._copies = [copy for copy in operands.copies if copy is not None]
         self._movable = [*operands.exp_avgs, *operands.exp_avg_sqs, *self._copies]
-        self._lasting = all(map(Tensor.is_contiguous, (*self._params, *operands.grads, *self._movable)))
+        self.lasting = all(map(Tensor.is_contiguous, (*self._params, *operands.grads, *self._movable)))
         self._places = list(map(Tensor.data_ptr, self._movable))
         self._param_places = list(map(Tensor.data_ptr, self._params))
         self._numels = list(map(Tensor.numel, self._params))
@@ -77,14 +84,20 @@ class Tables:
         self.put_back = _lay_alike(operands)
         self.steps = np.array([address(step) for step in operands.steps], np.int64)
         self.rows = self._rows(operands)
+        self.counts = operands.counts
+        self._copied = None if self.lasting else operands  # alive for as long as their addresses are in use
 
-    def serve(self, params: Sequence[Tensor], grads: Sequence[Tensor], state: States) -> bool:
-        """Whether they are right for these tensors, too; they then have the addresses of the new gradients.
+    def serve(self, every: Sequence[Tensor], state: States) -> bool:
+        """Whether they are right for the next step, too; they then have the addresses of the new gradients.
 
         There may be ten thousand tensors, more than a cache holds: each is looked at in one go, as rarely as possible,
         and no object is made for it that Python's garbage collector would have to look at.
+
+        Args:
+            every: the optimizer's parameters.
+            state: the optimizer's.
         """
-        if not (self._lasting and _same(params, self._params)):
+        if not (_same(every, self._every) and all(p.grad is None for p in self._absent)):
             return False
         if not (_same(state, self._owners) and _same(state.values(), self._entries)):
             return False
@@ -92,20 +105,24 @@ class Tables:
             return False
         if list(map(Tensor.data_ptr, self._movable)) != self._places:
             return False
-        expected = zip(params, self._param_places, self._numels, strict=True)
-        if False in [p.data_ptr() == place and p.numel() == numel for p, place, numel in expected]:
-            return False
-        wanted = zip(grads, self._numels, self._grad_dtypes, strict=True)
+        expected = zip(self._params, self._param_places, self._numels, self._grad_dtypes, strict=True)
         try:
-            places = [
-                g.data_ptr() if g.numel() == numel and g.dtype is dtype and g.is_contiguous() and g.is_cpu else None
-                for g, numel, dtype in wanted
+            grads = [
+                g.data_ptr()
+                if (g := p.grad) is not None
+                and p.data_ptr() == place
+                and p.numel() == numel == g.numel()
+                and g.dtype is dtype
+                and g.is_contiguous()
+                and g.is_cpu
+                else None
+                for p, place, numel, dtype in expected
             ]
         except RuntimeError:  # a sparse gradient has no address
             return False
-        if None in places:
+        if None in grads:
             return False
-        self.rows["grad"][:-1] = places
+        self.rows["grad"][:-1] = grads
         return True
 
     def _rows(self, operands: Operands) -> npt.NDArray[np.void]:
