@@ -57,6 +57,7 @@ class FusedAdam(AdamBase):
     extra_tensors = (MASTER,)
 
     _step_supports_amp_scaling = True  # what torch.amp.GradScaler asks
+    _touched = True  # somebody has looked at `state` since the last step, so any of it may have changed
     _known: _Known | None = None
     _captured: frozenset[AdamShare] = frozenset()  # graphs refer to their tables, so they live as long as this
 
@@ -91,6 +92,18 @@ class FusedAdam(AdamBase):
         super().__init__(params, defaults, refused)
 
     @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """As torch's. Change it by way of this attribute: else an exchanged tensor may be noticed some steps later."""
+        self._touched = True
+        state: defaultdict[Tensor, Any] = self.__dict__["state"]
+        return state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._touched = True
+        self.__dict__["state"] = state
+
+    @property
     def kernels(self) -> str:
         """``"gpu"``: this project's; ``"torch"``: torch's fused kernel, for want of CuPy."""
         return _kernels()[0]
@@ -102,7 +115,7 @@ class FusedAdam(AdamBase):
     def _update(self, ready: Sequence[Ready]) -> None:
         shares = self._shares(ready)
         try:
-            moved = [share.look() for share in shares]
+            moved = [share.look(self._touched) for share in shares]
         except RuntimeError:  # a sparse gradient has no address
             self._check_all()
             raise
@@ -112,14 +125,15 @@ class FusedAdam(AdamBase):
                 share.adopt(self.param_groups)
         for share in shares:
             share.make(self.param_groups, getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        self._touched = False
 
     def _shares(self, ready: Sequence[Ready]) -> Sequence[AdamShare]:
         """The parameters that have a state, by device."""
         params = [r.params for r in ready]
-        capturing = params[0][0].is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = self.device_type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing and not all(group["capturable"] for group in self.param_groups):
             raise InputError("FusedAdam.step: a CUDA graph is being captured; make the optimizer with capturable=True")
-        if self._known is None or not self._known.still(params, self.state):
+        if self._known is None or not self._known.still(params, self.state if self._touched else None):
             if capturing:
                 raise InputError(
                     "FusedAdam.step: a CUDA graph is being captured, but a parameter has no state yet or another one; "
@@ -190,13 +204,15 @@ class _Known:
     idle: list[Tensor]
     shares: list[AdamShare]
 
-    def still(self, params: Sequence[Sequence[Tensor]], state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether parameters and entries are the same objects as then, and the idle ones still have no gradient."""
+    def still(self, params: Sequence[Sequence[Tensor]], state: Mapping[Tensor, Any] | None) -> bool:
+        """Whether parameters and entries are the same objects as then, and the idle ones still have no gradient.
+
+        state: None: nobody has touched it.
+        """
         return (
             [len(group) for group in params] == [len(group) for group in self.params]
             and all(map(is_, chain.from_iterable(params), chain.from_iterable(self.params)))
-            and len(state) == len(self.states)
-            and all(map(is_, state.values(), self.states))
+            and (state is None or (len(state) == len(self.states) and all(map(is_, state.values(), self.states))))
             and all(p.grad is None for p in self.idle)
         )
 

@@ -26,7 +26,7 @@ class Pointers:
     def __init__(self, k: int, device: torch.device | str) -> None:
         self.table = torch.zeros(k, dtype=torch.int64, device=device)
         self.address = self.table.data_ptr()
-        self._sent = [0] * k
+        self._sent: Sequence[int] = [0] * k
         self._spare: Tensor | None = self._host(self._sent)  # for a capture, in which nothing should be pinned
         self._captured: list[Tensor] = []  # what the replays of graphs read
 
@@ -37,11 +37,14 @@ class Pointers:
     def send(self, addresses: Sequence[int]) -> bool:
         """Make the table that of `addresses`, (k,), or other words of 64 bits; returns whether it was sent.
 
+        The caller does not change the list afterwards; the same list once more is known to be the same addresses.
+
         Under capture it is always sent, so that a replay finds the addresses it was captured with, whatever eager
         calls have sent meanwhile; after a capture every eager call sends it too.
         """
         capturing = self.table.is_cuda and torch.cuda.is_current_stream_capturing()
-        if addresses == self._sent and not capturing and not self._captured:
+        same = addresses is self._sent or addresses == self._sent
+        if same and not capturing and not self._captured:
             return False
         self._sent = addresses
         if capturing and self._spare is not None:

@@ -2,11 +2,11 @@
 #include "block.cuh"
 
 #ifndef VECTORS
-#define VECTORS 2  // of four elements per thread; the same in adam.py
+#define VECTORS 1  // of four elements per thread; the same in adam.py
 #endif
 
 #ifndef RESIDENT
-#define RESIDENT 4  // thread blocks on a multiprocessor at least
+#define RESIDENT 6  // thread blocks on a multiprocessor at least
 #endif
 
 constexpr int CHUNK = 4 * VECTORS * THREADS;  // elements that a thread block takes, all of one tensor

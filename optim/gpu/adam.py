@@ -16,7 +16,7 @@ from onebit.compress.gpu.pointers import Pointers
 from onebit.optim.gpu.adam_step import Kind, Shapes, Step
 
 SOURCE = Path(__file__).with_name("adam.cu")
-VECTORS = 2  # of four elements per thread; the same in adam.cu
+VECTORS = 1  # of four elements per thread; the same in adam.cu
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _DECOUPLED, _BIAS_CORRECTION, _MAXIMIZE, _LR_IS_DOUBLE, _ZERO = 1, 2, 4, 8, 16

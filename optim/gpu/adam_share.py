@@ -17,7 +17,7 @@ from onebit.optim.adam import MOMENTS, dense_like, is_dense
 from onebit.optim.gpu.adam_step import MASTER, Kernels, Kind, Shapes, Step, Stepper
 
 _NO_ELEMENTS = 1  # stands for the address of a gradient without elements, which has none but is not missing
-_SAMPLES = 16  # a step looks up the addresses of one in so many moments
+_SAMPLES = 16  # a step looks up the moments of one in so many parameters, whatever else it knows
 
 _moments = itemgetter(*MOMENTS)
 Addresses = npt.NDArray[np.int64]
@@ -28,7 +28,8 @@ class AdamShare:
 
     A step is `look`, `adopt` if something has moved, and `make`. Nothing that a user sees changes before `make`. Where
     there are many small tensors the host spends most of a step in `look`, waiting for the memory that Python's objects
-    lie in. So of a state it visits only the references, and the addresses of a few tensors at each step.
+    lie in. So it visits states only if somebody has touched them, and else a few at each step, which is enough to
+    notice at once that all have been moved.
 
     Args:
         params: (k,) parameters, all on one device.
@@ -45,7 +46,7 @@ class AdamShare:
         self._looks = 0
         self._grads: list[Tensor | None] = []
         self._of_params = self._of_grads = np.zeros(0, np.int64)  # addresses
-        self._of_samples: list[Addresses] = [self._of_params] * _SAMPLES
+        self._of_samples: list[Addresses] = [self._of_params] * _SAMPLES  # likewise of moments
         self._known: list[Tensor] = []  # the moments that were adopted, two for each parameter
         self._masters: list[Tensor | None] = []  # likewise, one for each; empty if no parameter has any
         self._moved_memory = self._moved_grads = True
@@ -57,17 +58,19 @@ class AdamShare:
         self._steppers: dict[Shapes, Stepper] = {}  # none is dropped, for a captured graph may refer to its tables
         self._stepper: Stepper
 
-    def look(self) -> bool:
-        """Find all tensors; returns whether one has moved since the last step, so that all have to be checked."""
+    def look(self, touched: bool) -> bool:
+        """Find all tensors; returns whether one has moved since the last step, so that all have to be checked.
+
+        touched: somebody may have put other tensors into a state.
+        """
         self._grads = [p.grad for p in self._params]
         params, grads = _addresses(self._params), _addresses(self._grads)
         sample = self._looks % _SAMPLES
-        moments = chain.from_iterable(map(_moments, self._states))
-        self._moved_memory = self._moved_memory or (
-            not np.array_equal(params, self._of_params)
-            or not all(map(is_, moments, self._known))
-            or not all(map(is_, map(_master, self._states), self._masters))
-            or not np.array_equal(_addresses(self._known[sample::_SAMPLES]), self._of_samples[sample])
+        self._moved_memory = (
+            self._moved_memory
+            or not np.array_equal(params, self._of_params)
+            or not np.array_equal(self._sampled(sample), self._of_samples[sample])
+            or (touched and not self._same_references())
         )
         self._moved_grads = self._moved_grads or not np.array_equal(grads, self._of_grads)
         self._of_params, self._of_grads = params, grads
@@ -94,7 +97,7 @@ class AdamShare:
         for p, state, group in zip(self._params, self._states, self._groups, strict=True):
             _fit(p, state, groups[group]["master_weights"])
         self._known = list(chain.from_iterable(map(_moments, self._states)))
-        self._of_samples = [_addresses(self._known[sample::_SAMPLES]) for sample in range(_SAMPLES)]
+        self._of_samples = [self._sampled(sample) for sample in range(_SAMPLES)]
         first, second = self._known[::2], self._known[1::2]
         masters = list(map(_master, self._states))
         self._masters = masters if any(t is not None for t in masters) else []
@@ -117,6 +120,16 @@ class AdamShare:
         rows = zip(self._params, self._grads, strict=True)
         updated = self._params if self._of_grads.all() else [p for p, g in rows if g is not None]
         torch.autograd.graph.increment_version(updated)
+        self._grads = []  # who else lets go of a gradient frees its memory
+
+    def _same_references(self) -> bool:
+        """Whether the states hold the tensors that were adopted."""
+        moments = chain.from_iterable(map(_moments, self._states))
+        return all(map(is_, moments, self._known)) and all(map(is_, map(_master, self._states), self._masters))
+
+    def _sampled(self, sample: int) -> Addresses:
+        """Addresses of the moments of some of the parameters."""
+        return _addresses(list(chain.from_iterable(map(_moments, self._states[sample::_SAMPLES]))))
 
     def _elsewhere(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Copies of the parameters and of the gradients whose elements lie in another order than the moments'."""
