@@ -105,11 +105,8 @@ __device__ __forceinline__ void decode_update_full(
         float* master = MASTER ? const_cast<float*>(elements_of<f32>(masters, place)) + 4 * lane : nullptr;
         const float* row_of = scalars + 3 * place.tensor;
         float rate = row_of[0], root = row_of[1], keep = row_of[2];
-        reinterpret_cast<u32*>(momentum + slot.words)[word_of_lane(lane)] = bits;
-        if (lane == 0) *scale_at(momentum, slot) = scale;
-        bits = ~transpose_nibbles(bits, lane);
-        float step = __fmul_rn(rate, scale);
-        bool usual = usual_numerator(step) && usual_factors(root, eps);
+        float step = 0.0f;
+        bool usual = true;
 #pragma unroll 1
         for (int half = 0; half < 2; half++, bits >>= 4 * HALF) {
             float w[4 * HALF], v[4 * HALF];
@@ -119,6 +116,13 @@ __device__ __forceinline__ void decode_update_full(
             for (int row = 0; row < HALF; row++) {
                 if (MASTER) load4(f32(), master + 128 * row, w + 4 * row);
                 else load4(P(), p + 128 * row, w + 4 * row);
+            }
+            if (half == 0) {  // only now, for it waits for signs and scale to come
+                step = __fmul_rn(rate, scale);
+                usual = usual_numerator(step) && usual_factors(root, eps);
+                reinterpret_cast<u32*>(momentum + slot.words)[word_of_lane(lane)] = bits;
+                if (lane == 0) *scale_at(momentum, slot) = scale;
+                bits = ~transpose_nibbles(bits, lane);
             }
             bool all_usual = usual;
 #pragma unroll
