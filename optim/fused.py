@@ -133,30 +133,42 @@ class FusedStep:
         self._params = params
         self._states = states
         self._gradients = [None if g is None else _row_major(g) for g in gradients]
-        sign = -1.0 if group["maximize"] else 1.0
-        coupled = 0.0 if group["adamw_mode"] else group["weight_decay"]
-        self._factors = {
-            "beta1": group["betas"][0],
-            "alpha": sign * (1 - group["betas"][0]),
-            "l2": sign * coupled,  # a part of the gradient, and as that it takes the sign once more
-        }
-        self._masters = _masters(params, states, group)
+        self._factors = self._local_factors()
+        self._masters = self._fp32_copies()
         self._values = [p if master is None else master for master, p in zip(self._masters, params, strict=True)]
-        if coupled:
+        if self._factors["l2"]:
             self._values = [_row_major(value) for value in self._values]
         self._work: CompressedWork = average.reduce.start_with(self._encode, self._undo_encode, overlap=False)
         self._work.finish()
 
     def all_finite(self) -> Tensor:
+        """0-dim bool, the same on every rank."""
         return self._work.all_finite()
 
     def undo(self) -> None:
+        """Put error feedback back; the step is not made."""
         self._work.undo()
 
     def commit(self) -> None:
+        """Count the step and make it."""
         torch._foreach_add_([state["step"] for state in self._states], 1.0)
         self._update()
         self._work.accept()
+
+    def _local_factors(self) -> dict[str, Any]:
+        """What makes a momentum local; see `StepKernels.encode_momentum`."""
+        group = self._group
+        sign = -1.0 if group["maximize"] else 1.0
+        coupled = 0.0 if group["adamw_mode"] else group["weight_decay"]
+        return {
+            "beta1": group["betas"][0],
+            "alpha": sign * (1 - group["betas"][0]),
+            "l2": sign * coupled,  # a part of the gradient, and as that it takes the sign once more
+        }
+
+    def _fp32_copies(self) -> list[Tensor | None]:
+        """What an update starts from and is written to in fp32, row-major; None: the parameter alone."""
+        return _masters(self._params, self._states, self._group)
 
     def _encode(self, part: Part) -> None:
         self._kernels.encode_momentum(part, *self._inputs(part), **self._factors)
@@ -176,6 +188,27 @@ class FusedStep:
 
     def _move(self, made: Tensor | None) -> None:
         """Move the parameters, unless `made` is false; the payloads become the momentum."""
+        self._count(made)
+        average = self._average
+        rows = [_row_major(p) for p in self._params]
+        for part in average.reduce.parts:
+            self._kernels.decode_update(
+                part,
+                [rows[i] for i in part.used],
+                [self._masters[i] for i in part.used],
+                [self._states[i]["exp_avg_sq"] for i in part.used],
+                average.payload(part),
+                average.rows(part),
+                eps=self._group["eps"],
+                proceed=made,
+            )
+        for p, row in zip(self._params, rows, strict=True):
+            if p is not row:
+                p.copy_(row)
+        average.keep(self._states)
+
+    def _count(self, made: Tensor | None) -> None:
+        """Count the step, and write the scalars of the update."""
         average, group = self._average, self._group
         self._kernels.adam_scalars(
             average.steps,
@@ -187,22 +220,6 @@ class FusedStep:
             bias_correction=group["bias_correction"],
             proceed=made,
         )
-        rows = [_row_major(p) for p in self._params]
-        for part in average.reduce.parts:
-            self._kernels.decode_update(
-                part,
-                [rows[i] for i in part.used],
-                [self._masters[i] for i in part.used],
-                [self._states[i]["exp_avg_sq"] for i in part.used],
-                average.payload(part),
-                average.rows(part),
-                eps=group["eps"],
-                proceed=made,
-            )
-        for p, row in zip(self._params, rows, strict=True):
-            if p is not row:
-                p.copy_(row)
-        average.keep(self._states)
 
 
 class SettlingStep(FusedStep):

@@ -97,10 +97,17 @@ class FusedGroups(CompressedOptimizer):
             gradients: of the parameters that have a variance.
         """
         params, states = self._known(group)
+        momentum = self._fused_momentum(reducers, params, states)
+        return None if momentum is None else momentum.exchange(group, params, states, gradients)
+
+    def _fused_momentum(
+        self, reducers: GroupReducers, params: Sequence[Tensor], states: Sequence[dict[str, Any]]
+    ) -> FusedMomentum | None:
+        """What makes fused steps of parameters that have a variance; None: no kernels, or nothing to average."""
         reduce = self._average_of(reducers, [s["exp_avg_sq"] for s in states])
         if reducers not in self._fused:
             kernels = step_kernels(params[0].device, self._codec) if reduce.parts else None
             if kernels is None:
                 return None
             self._fused[reducers] = FusedMomentum(kernels, reduce, states)
-        return self._fused[reducers].exchange(group, params, states, gradients)
+        return self._fused[reducers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ from onebit.optim.base import EXTRA
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.fused_groups import FusedGroups
+from onebit.optim.fused_interval import FusedInterval
 from onebit.optim.fused_local import FusedLocal
 from onebit.optim.known import known_indices
 from onebit.optim.local_steps import (
@@ -33,7 +34,7 @@ from onebit.optim.local_steps import (
     sync_step,
 )
 from onebit.optim.master import fp32_values, write_back
-from onebit.optim.moments import adam_state, local_momenta
+from onebit.optim.moments import adam_state, local_momenta, wanted
 from onebit.optim.options import check_adam_options, check_flags
 from onebit.optim.pending import PendingSteps
 from onebit.optim.policies import SyncPolicy, VariancePolicy
@@ -182,8 +183,9 @@ class ZeroOneAdam(FusedGroups):
 
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
         kind, within = _kind(group, group["step"]), is_open(self._known(group)[1])
-        if kind == "sync" and not within and self.backend.size > 1:
-            fused = self._fused_step(group, reducers, self._known_gradients(group, reducers))
+        if kind == "sync" and self.backend.size > 1:
+            make = self._fused_interval if within else self._fused_step
+            fused = make(group, reducers, self._known_gradients(group, reducers))
             if fused is not None:
                 return fused
         self._unfuse(group, reducers)
@@ -193,6 +195,18 @@ class ZeroOneAdam(FusedGroups):
             fits = FusedLocal.can(*self._known(group), group, self._codec)
             return (_FusedLocal if fits else _Local)(self, group, reducers)
         return _Sync(self, group, reducers)
+
+    def _fused_interval(
+        self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
+    ) -> Exchange | None:
+        """The step that ends an interval, by fused kernels; None: there are none, or none for these options."""
+        params, states = self._known(group)
+        reach = Reach.of(states, group)
+        coupled = not group["adamw_mode"] and group["weight_decay"]
+        if coupled or len(set(reach.shares)) != 1:
+            return None
+        momentum = self._fused_momentum(reducers, params, states)
+        return None if momentum is None else FusedInterval(momentum, group, params, states, gradients, reach)
 
     def _renew(self, reducers: GroupReducers) -> None:
         super()._renew(reducers)
@@ -272,7 +286,7 @@ class _Variance:
         optimizer._forget_dead(self._reducers)
         states = [adam_state(optimizer.state, p) for p in params]
         values = fp32_values(params, states, group)
-        gradients = _wanted([m for m, present in zip(mean.means, mean.present, strict=True) if present], values, group)
+        gradients = wanted([m for m, present in zip(mean.means, mean.present, strict=True) if present], values, group)
         momenta, variances = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         beta1, beta2 = group["betas"]
         torch._foreach_lerp_(momenta, gradients, 1 - beta1)
@@ -384,14 +398,6 @@ class _Sync:
         sync_step(self._params, starts, momenta, [s["exp_avg_sq"] for s in states], self._reach, group["eps"])
         torch._foreach_add_([s["step"] for s in states], float(self._steps))
         end(states)
-
-
-def _wanted(gradients: list[Tensor], values: list[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
-    """The gradients of what is to become smaller; those given are not changed."""
-    wanted = list(torch._foreach_neg(gradients)) if group["maximize"] else gradients
-    if not group["adamw_mode"] and group["weight_decay"]:
-        wanted = list(torch._foreach_add(wanted, values, alpha=group["weight_decay"]))
-    return wanted
 
 
 def _policies(group: Mapping[str, Any]) -> tuple[VariancePolicy, SyncPolicy]:
