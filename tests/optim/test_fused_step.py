@@ -206,6 +206,21 @@ def test_groups_in_other_phases_and_a_group_added_later_keep_their_own_way() -> 
         assert largest(one - other) <= 64 * UNIT * max(largest(other), 1.0)
 
 
+def test_one_rank_and_a_codec_without_kernels_have_no_fused_step_and_say_so() -> None:
+    def kernels(backend: Backend) -> list[str]:
+        made = []
+        for fused in (True, False):
+            optimizer = make(parameters(), backend, fused, freeze_step=1)
+            for number in range(3):
+                step(optimizer, gradients(optimizer.param_groups[0]["params"], backend.rank, number))
+            assert all(("exp_avg" in state) == (optimizer.kernels == "torch") for state in optimizer.state.values())
+            made.append(optimizer.kernels)
+        return made
+
+    assert run_threads(1, kernels) == [["torch", "torch"]]
+    assert run_threads(2, kernels) == [["cpu", "torch"]] * 2
+
+
 @pytest.mark.parametrize("shapes", [[(0,)], [(0, 4), ()], [(3,), (0,), (1,)]], ids=str)
 def test_tensors_without_elements_are_in_no_part(shapes: list[tuple[int, ...]]) -> None:
     def train(backend: Backend) -> Any:
