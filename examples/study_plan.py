@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 ADAM = ("adamw", "onebit-adam", "onebit-adam-auto", "zero-one-adam")
-LAMB = ("lamb", "onebit-lamb")
+LAMB = ("lamb", "onebit-lamb", "onebit-lamb-steady")
 BASELINE = {name: family[0] for family in (ADAM, LAMB) for name in family}  # what an optimizer is measured against
 LABELS = {
     "adamw": "AdamW",
@@ -15,6 +15,7 @@ LABELS = {
     "zero-one-adam": "ZeroOneAdam",
     "lamb": "LAMB",
     "onebit-lamb": "OnebitLamb",
+    "onebit-lamb-steady": "OnebitLamb, factor_min=factor_max=1",
 }
 
 

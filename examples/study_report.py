@@ -13,7 +13,7 @@ from plot import finish, in_megabytes
 from study_plan import BASELINE, LABELS, RECIPES
 from study_train import StudyRecord
 
-COLOURS = dict(zip(LABELS, ("#111111", "#d9541a", "#e8a33d", "#2f5fa8", "#777777", "#3a8f4d"), strict=True))
+COLOURS = dict(zip(LABELS, ("#111111", "#d9541a", "#e8a33d", "#2f5fa8", "#777777", "#3a8f4d", "#8fc49a"), strict=True))
 DASHED = tuple(dict.fromkeys(BASELINE.values()))  # what others are measured against
 BEGIN, END = "<!-- made by examples/study.py report -->", "<!-- end -->"
 COLUMNS = (

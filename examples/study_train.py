@@ -77,6 +77,8 @@ def _all(
         torch.set_num_threads(1)  # holds for this thread
         set_num_threads(1)
     model = copy.deepcopy(start[runs[0].seed]).to(device)
+    if compiled:
+        torch._dynamo.config.suppress_errors = True  # without a C compiler it trains all the same, after a warning
     called = torch.compile(model) if compiled else model
     for run in runs:
         model.load_state_dict(start[run.seed].state_dict())
@@ -156,7 +158,9 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter], backend: Backend) -
             local_step_scaler=max(1, run.steps // 5),  # published: 32678 of some 150,000 steps
             backend=backend,
         )
-    freeze_step = run.freeze_step if run.optimizer == "onebit-lamb" else run.steps  # LAMB never freezes
+    if run.optimizer == "onebit-lamb-steady":
+        common.update(factor_min=1.0, factor_max=1.0)
+    freeze_step = run.steps if run.optimizer == "lamb" else run.freeze_step  # LAMB never freezes
     return OnebitLamb(groups, **common, freeze_step=freeze_step, backend=backend)
 
 

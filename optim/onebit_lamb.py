@@ -50,7 +50,7 @@ class OnebitLamb(CompressedOptimizer):
         total_steps: length of the training, if known: a warning comes when it would end before the freeze.
         max_coeff, min_coeff: bounds of c; published for BERT: 0.3 and 0.01.
         coeff_beta: how much of c̄ stays from step to step.
-        factor_max, factor_min, factor_threshold: bounds of r, and of its change in one step.
+        factor_max, factor_min, factor_threshold: bounds of r, and of its change in one step; both bounds 1: no r.
         bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵗ out.
         master_weights: keep an fp32 copy of parameters in half precision, so that small updates add up.
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.

@@ -14,7 +14,7 @@ import pytest
 STUDY = Path(__file__).parents[2] / "examples" / "study.py"
 STEPS = 20
 TINY = [f"--steps={STEPS}", "--width=32", "--layers=1", "--heads=2", "--context=32", "--batch=4", "--evaluations=4"]
-EVERYTHING = ["adamw", "onebit-adam", "onebit-adam-auto", "zero-one-adam", "lamb", "onebit-lamb"]
+EVERYTHING = ["adamw", "onebit-adam", "onebit-adam-auto", "zero-one-adam", "lamb", "onebit-lamb", "onebit-lamb-steady"]
 
 
 def study(*arguments: object, launcher: tuple[str, ...] = ()) -> str:
@@ -33,11 +33,11 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 def test_runs_are_made_once_side_by_side_and_end_in_a_table_and_a_picture(tmp_path: Path) -> None:
     folder, docs = tmp_path / "records", tmp_path / "docs"
     settings = ["--tasks", "bytes", "--ranks", 2, "--seeds", 0, "--jobs", 2, "--folder", folder, *TINY]
-    assert "6 of 6 runs to make" in study("run", *settings)
+    assert "7 of 7 runs to make" in study("run", *settings)
     found = records(folder)
     assert set(found) == {f"bytes-2ranks-{name}-seed0" for name in EVERYTHING}
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert "0 of 6 runs to make" in study("run", *settings)
+    assert "0 of 7 runs to make" in study("run", *settings)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
     sent = {}
