@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,10 @@ class AdamShare:
         self._grads: list[Tensor | None] = []
         self._of_params = self._of_grads = np.zeros(0, np.int64)  # addresses
         self._of_samples: list[Addresses] = [self._of_params] * _SAMPLES  # likewise of moments
-        self._known: list[Tensor] = []  # the moments that were adopted, two for each parameter
-        self._masters: list[Tensor | None] = []  # likewise, one for each; empty if no parameter has any
+        # The moments that were adopted, two for each parameter, and the fp32 copies, one for each or none at all. Who
+        # takes them out of the states, to another device for instance, frees their memory.
+        self._known: list[weakref.ref[Tensor]] = []
+        self._masters: list[weakref.ref[Tensor] | None] = []
         self._moved_memory = self._moved_grads = True
         self._memory: list[int] = []
         self._gradients: list[int] = []
@@ -96,11 +99,12 @@ class AdamShare:
     def _adopt_memory(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for p, state, group in zip(self._params, self._states, self._groups, strict=True):
             _fit(p, state, groups[group]["master_weights"])
-        self._known = list(chain.from_iterable(map(_moments, self._states)))
+        first, second = ([state[key] for state in self._states] for key in MOMENTS)
+        masters = [state.get(MASTER) for state in self._states]
+        self._known = [weakref.ref(t) for pair in zip(first, second, strict=True) for t in pair]
+        found = [None if t is None else weakref.ref(t) for t in masters]
+        self._masters = found if any(found) else []
         self._of_samples = [self._sampled(sample) for sample in range(_SAMPLES)]
-        first, second = self._known[::2], self._known[1::2]
-        masters = list(map(_master, self._states))
-        self._masters = masters if any(t is not None for t in masters) else []
         rows = [self._of_params, _addresses(first), _addresses(second), _addresses(masters)]
         self._memory = np.concatenate(rows).tolist()
         self._contiguous = all(map(Tensor.is_contiguous, first))
@@ -125,7 +129,10 @@ class AdamShare:
     def _same_references(self) -> bool:
         """Whether the states hold the tensors that were adopted."""
         moments = chain.from_iterable(map(_moments, self._states))
-        return all(map(is_, moments, self._known)) and all(map(is_, map(_master, self._states), self._masters))
+        masters = (state.get(MASTER) for state in self._states)
+        return all(t is known() for t, known in zip(moments, self._known, strict=False)) and all(
+            t is (known and known()) for t, known in zip(masters, self._masters, strict=False)
+        )
 
     def _sampled(self, sample: int) -> Addresses:
         """Addresses of the moments of some of the parameters."""
@@ -141,14 +148,10 @@ class AdamShare:
         given = self._grads if self._of_grads.all() else [g for g in self._grads if g is not None]
         if not (self._contiguous and all(map(Tensor.is_contiguous, given))):  # type: ignore[arg-type]
             for index, g in enumerate(self._grads):
-                moment = self._known[2 * index]
+                moment = self._states[index][MOMENTS[0]]
                 if g is not None and _order(g) != _order(moment):
                     grads[index] = torch.empty_like(moment, dtype=g.dtype).copy_(g)
         return params, grads
-
-
-def _master(state: Mapping[str, Any]) -> Tensor | None:
-    return state.get(MASTER)
 
 
 def _moved(step: Step, params: Mapping[int, Tensor], grads: Mapping[int, Tensor]) -> Step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -480,6 +481,21 @@ class FusedAdamSuite:
         with pytest.raises(InputError):
             optimizer.step()
         assert everything(optimizer) == before
+
+    def test_no_gradient_and_no_moment_is_kept_that_nobody_else_keeps(self, make: Make, device: str) -> None:
+        params = parameters(SHAPES, device, torch.bfloat16)
+        optimizer = make(params, master_weights=True)
+        for step in range(2):
+            set_gradients(step, params)
+            optimizer.step()
+        watched = [weakref.ref(p.grad) for p in params]
+        for p in params:
+            p.grad = None
+        for state in optimizer.state.values():
+            for key in ("exp_avg", "exp_avg_sq", "master"):
+                watched.append(weakref.ref(state[key]))
+                state[key] = state[key].clone()  # as to another device
+        assert all(of() is None for of in watched)
 
     def test_autograd_sees_that_a_parameter_has_changed(self, make: Make, device: str) -> None:
         params = parameters([(10,)], device)
