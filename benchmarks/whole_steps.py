@@ -1,4 +1,4 @@
-"""OnebitAdam's compressed step with its communication, beside torch's fused AdamW alone and with NCCL's average."""
+"""Compressed steps with their communication, beside torch's fused AdamW alone and with NCCL's average."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from onebit.benchmarks.gpu_timing import CODEC, against, make_row, timed
 from onebit.benchmarks.row import Row
 from onebit.compress import SignCodec
-from onebit.optim import OnebitAdam
+from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam
 
 Shapes = Sequence[tuple[int, ...]]
 
+INTERVAL = 16  # local steps of ZeroOneAdam from one meeting of the ranks to the next
 STEPS = 5  # compressed ones that fused and plain operations are compared after
 # A sum that is rounded otherwise can change the sign of an entry near 0: one in some 10^7 a step, which then moves the
 # other way by as much as its neighbours. One such entry of the million compared is a distance of 2e-3.
@@ -50,6 +51,7 @@ def whole_steps(suffix: str, shapes: Shapes, device: torch.device, rounds: int) 
     wrong = _differing_between_ranks(params) + int(distance > FAR)
     rows = [make_row(f"OnebitAdam{suffix}", torch.float32, numel, moved, times, wrong)]
     del ours
+    others = _others(suffix, params, rounds)
 
     theirs = torch.optim.AdamW(params, lr=1e-4, fused=True)
     alone = make_row(f"AdamW(fused=True){suffix}", torch.float32, numel, 28 * numel, timed(theirs.step, rounds), None)
@@ -66,7 +68,28 @@ def whole_steps(suffix: str, shapes: Shapes, device: torch.device, rounds: int) 
         rows.append(make_row(name, torch.float32, numel, 28 * numel, timed(averaged_step, rounds), None, wire))
     for other, role in zip(rows[1:], ("AdamW", "AdamW + NCCL fp32", "AdamW + NCCL bf16"), strict=True):
         rows[0].ratios.update(against(role, rows[0], other, by_time=True))
-    return rows, memory
+    for other in others:
+        other.ratios.update(against("OnebitAdam", other, rows[0], by_time=True))
+    return rows + others, memory
+
+
+def _others(suffix: str, params: Sequence[torch.nn.Parameter], rounds: int) -> list[Row]:
+    """Mean steps of a whole interval of ZeroOneAdam, most of them local, and steps of OnebitLamb."""
+    numel = sum(p.numel() for p in params)
+    local = ZeroOneAdam(params, lr=1e-4, var_freeze_step=2, local_step_scaler=2, local_step_clipper=INTERVAL)
+    for _ in range(4 * INTERVAL):  # past the freeze, and to intervals that grow no more
+        local.step()
+    times = timed(local.step, rounds, INTERVAL)
+    local.synchronize()
+    wrong = _differing_between_ranks(params)
+    rows = [make_row(f"ZeroOneAdam{suffix}", torch.float32, numel, 4 * numel, times, wrong)]
+    del local
+    lamb = OnebitLamb(params, lr=1e-4, freeze_step=2)
+    for _ in range(5):
+        lamb.step()
+    times = timed(lamb.step, rounds)
+    wrong = _differing_between_ranks(params)
+    return [*rows, make_row(f"OnebitLamb{suffix}", torch.float32, numel, 4 * numel, times, wrong)]
 
 
 def _problem(shapes: Shapes, device: torch.device) -> tuple[list[torch.nn.Parameter], Tensor]:
