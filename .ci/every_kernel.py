@@ -42,7 +42,7 @@ def codec_kernels() -> None:
 
 
 def step_kernels() -> None:
-    """The fused step's, by its tests."""
+    """Those of fused and of local steps, by their tests."""
     tests: Any = importlib.import_module("tests.gpu.test_fused_momentum")
     tests.SIZES = [SIZES]
     for block_size, dtypes in [(1024, dtypes) for dtypes in tests.DTYPES.values()] + [(None, DTYPES), (96, DTYPES)]:
@@ -50,6 +50,10 @@ def step_kernels() -> None:
         tests.test_parameters_move_as_by_separate_operations(block_size, "mean", dtypes)
         tests.test_error_feedback_is_put_back_where_the_step_does_not_proceed(block_size)
     tests.test_scalars_are_those_of_fp64_rounded_once(1e-3, True)
+    local: Any = importlib.import_module("tests.gpu.test_local_step")
+    for dtypes in local.DTYPES.values():
+        local.test_a_step_is_that_of_separate_operations(dtypes)
+    local.test_a_step_with_a_number_that_is_not_finite_adds_nothing(float("nan"), 0.25)
 
 
 def adam_kernels() -> None:

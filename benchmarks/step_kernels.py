@@ -10,6 +10,7 @@ from torch import Tensor
 from onebit.benchmarks.gpu_timing import CODEC, against, differing, make_row, timed
 from onebit.benchmarks.row import Row
 from onebit.comm import Part
+from onebit.optim.gpu.local import LocalStep
 from onebit.optim.kernels import StepKernels
 from onebit.optim.kernels import step_kernels as kernels_for
 
@@ -67,8 +68,10 @@ def step_kernels(numel: int, device: torch.device, rounds: int) -> list[Row]:
     rows = [_copy(numel, device, rounds), _adamw(numel, device, rounds)]
     for dtype, mastered in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         rows += _kernels_of(_step(numel, dtype, mastered, device), " master" if mastered else "", rounds)
+    rows.append(_local_step(numel, device, rounds))
     for row in rows:
-        row.ratios.update(against("copy", row, rows[0]))
+        if row.numel == numel:
+            row.ratios.update(against("copy", row, rows[0]))
     return rows
 
 
@@ -163,3 +166,23 @@ def _adamw(numel: int, device: torch.device, rounds: int) -> Row:
     p.grad = torch.randn(numel, device=device)
     optimizer = torch.optim.AdamW([p], fused=True)
     return make_row("AdamW(fused=True)", p.dtype, numel, 28 * numel, timed(optimizer.step, rounds), None)
+
+
+def _local_step(numel: int, device: torch.device, rounds: int) -> Row:
+    """0/1 Adam's: reads the gradient, m, a, y and v, writes m, a and the parameter. Its tests say that it is right."""
+    grad, param, m, a, y, v = torch.rand(6, numel, device=device).unbind()
+    step = LocalStep(
+        layout=CODEC.plan([numel])[0],
+        grads=[grad],
+        params=[param],
+        momenta=[m],
+        means=[a],
+        starts=[y],
+        variances=[v],
+        rows=torch.tensor([[0.5, 1e-3, 0.999, 1.0]], device=device),
+        finite=torch.ones((), dtype=torch.bool, device=device),
+        beta1=BETA1,
+        alpha=ALPHA,
+        eps=EPS,
+    )
+    return make_row("local step of 0/1 Adam", grad.dtype, numel, 32 * numel, timed(step.make, rounds), None)
