@@ -136,7 +136,7 @@ def adam_scalars(
 
 
 class _Local:
-    """Operands of β₁·m + α·(g + l2·p), and the blocks to make it for."""
+    """Operands of β₁·m + α·(g + l2·p), and the blocks to make it for; it holds addresses alone, no tensor of a part."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class _Local:
         factors: tuple[float, float, float],
     ) -> None:
         layout, device = part.layout, part.residual.device
-        self._part = part
+        self._buffers = (part.residual.data_ptr(), _address(part.mask))
         grad = operand("grads", grads, layout, device)
         operands = [grad, operand("encoded params", params, layout, device)] if factors[2] else [grad]
         packed = isinstance(momentum, Tensor)
@@ -163,11 +163,9 @@ class _Local:
 
     def arguments(self, places: Places, group: Group) -> tuple[int, ...]:
         """LOCAL_ARGUMENTS of momentum.cu."""
-        part = self._part
         grads, params = self._tables
         tensors = (grads, group.kind % 4, params, group.kind // 4, *self._momentum)
-        buffers = (part.residual.data_ptr(), _address(part.mask))
-        return places.address, places.n, self._numels, *tensors, *buffers, *self._factors
+        return places.address, places.n, self._numels, *tensors, *self._buffers, *self._factors
 
 
 def _kinds(operands: Sequence[Operand]) -> npt.NDArray[np.int64]:
