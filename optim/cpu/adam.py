@@ -39,7 +39,7 @@ def count_steps(first: int, last: int, steps: int, counts: int) -> None:
 
 def update_words(first: int, last: int, table: int, tensors: int, scalars: int) -> None:
     """Update words [first, last)."""
-    scratch = np.empty(5 * 32, np.float32)
+    scratch = np.empty(4 * 32, np.float32)
     stage = scratch.ctypes.data
     index = _tensor_of(first, table, tensors)
     word = first
