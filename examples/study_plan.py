@@ -80,11 +80,11 @@ RECIPES = {
     # One core of a common machine makes one run in about a minute.
     "digits": Recipe(
         common={"steps": 2000, "batch": 64, "weight_decay": 0.1, "width": 128, "layers": 2, "held_out_batches": 6},
-        family={"adamw": {"lr": 3e-3, "beta2": 0.95}, "lamb": {"lr": 1e-2, "beta2": 0.999}},
+        family={"adamw": {"lr": 3e-3, "beta2": 0.95}, "lamb": {"lr": 7e-3, "beta2": 0.999}},
     ),
     "bytes": Recipe(
         common={"steps": 2000, "batch": 16, "weight_decay": 0.01, "width": 64, "layers": 2, "heads": 2, "context": 48},
-        family={"adamw": {"lr": 3e-3, "beta2": 0.95}, "lamb": {"lr": 1e-2, "beta2": 0.999}},
+        family={"adamw": {"lr": 3e-3, "beta2": 0.95}, "lamb": {"lr": 7e-3, "beta2": 0.999}},
     ),
     # 125 million parameters; one H200 makes a step in some 30 ms.
     "gpt": Recipe(
@@ -98,7 +98,7 @@ RECIPES = {
             "context": 512,
             "held_out_batches": 32,
         },
-        family={"adamw": {"lr": 6e-4, "beta2": 0.95}, "lamb": {"lr": 4e-3, "beta2": 0.999}},
+        family={"adamw": {"lr": 6e-4, "beta2": 0.95}, "lamb": {"lr": 5e-3, "beta2": 0.999}},
     ),
 }
 
