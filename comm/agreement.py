@@ -14,9 +14,15 @@ from onebit.comm.errors import MismatchError
 
 _DIGEST_BYTES = 32
 _REFUSED = "their input"
+_REMEDY = (
+    "Nothing was exchanged or changed. Every rank must make this call with the same tensors, in the same order, and "
+    "the same options"
+)
 
 
-def agree(backend: Backend, subject: str, facts: Mapping[str, str], refusal: Exception | None = None) -> None:
+def agree(
+    backend: Backend, subject: str, facts: Mapping[str, str], refusal: Exception | None = None, *, remedy: str = _REMEDY
+) -> None:
     """Return if every rank calls this with the same facts; collective.
 
     One collective of 32 bytes per rank when all is well. The facts themselves travel, as JSON, only after a difference.
@@ -26,6 +32,7 @@ def agree(backend: Backend, subject: str, facts: Mapping[str, str], refusal: Exc
         subject: what the facts are about, for the message.
         facts: name to value, most telling first; the first that differs is named.
         refusal: an error that this rank found in its own input; raised here once the other ranks know of it.
+        remedy: what the message of a difference ends with.
 
     Raises:
         MismatchError: ranks differ, or another rank refused its input; raised on every rank.
@@ -37,14 +44,14 @@ def agree(backend: Backend, subject: str, facts: Mapping[str, str], refusal: Exc
     if backend.size > 1:
         digests = _gather_bytes(backend, hashlib.sha256(text).digest(), _DIGEST_BYTES)
         if any(digest != digests[0] for digest in digests):
-            error = MismatchError(_difference(backend.rank, subject, _gather_texts(backend, text)))
+            error = MismatchError(_difference(backend.rank, subject, _gather_texts(backend, text), remedy))
             if refusal is None:
                 raise error
     if refusal is not None:
         raise refusal
 
 
-def _difference(rank: int, subject: str, per_rank: Sequence[Mapping[str, str]]) -> str:
+def _difference(rank: int, subject: str, per_rank: Sequence[Mapping[str, str]], remedy: str) -> str:
     """Say which fact differs first and which ranks hold which value."""
     names = dict.fromkeys(name for facts in per_rank for name in facts)
     for name in sorted(names, key=lambda name: name != _REFUSED):  # a refusal explains every other difference
@@ -54,10 +61,7 @@ def _difference(rank: int, subject: str, per_rank: Sequence[Mapping[str, str]]) 
         if len(holders) > 1:
             said = "; ".join(f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}: {v}" for v, r in holders.items())
             break
-    return (
-        f"rank {rank}: {subject}: ranks do not agree on {name}: {said}. Nothing was exchanged or changed. Every rank "
-        "must make this call with the same tensors, in the same order, and the same options"
-    )
+    return f"rank {rank}: {subject}: ranks do not agree on {name}: {said}. {remedy}"
 
 
 def _gather_texts(backend: Backend, text: bytes) -> list[dict[str, str]]:

@@ -10,7 +10,10 @@ class BackendError(OnebitError):
 
 
 class MismatchError(OnebitError):
-    """Ranks do not agree on what they are about to exchange; raised on every rank before any payload moves."""
+    """Ranks do not agree on what they are about to exchange, before any payload moves, or on what all of them hold.
+
+    Raised on every rank.
+    """
 
 
 class TransportError(OnebitError):

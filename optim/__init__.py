@@ -6,6 +6,16 @@ from onebit.optim.cpu_adam import CPUAdam
 from onebit.optim.fused_adam import FusedAdam
 from onebit.optim.onebit_adam import OnebitAdam
 from onebit.optim.onebit_lamb import OnebitLamb
+from onebit.optim.replicas import check_replicas
 from onebit.optim.zero_one_adam import ZeroOneAdam
 
-__all__ = ["CPUAdam", "CompressedOptimizer", "FusedAdam", "OnebitAdam", "OnebitLamb", "ZeroOneAdam", "clip_grad_norm_"]
+__all__ = [
+    "CPUAdam",
+    "CompressedOptimizer",
+    "FusedAdam",
+    "OnebitAdam",
+    "OnebitLamb",
+    "ZeroOneAdam",
+    "check_replicas",
+    "clip_grad_norm_",
+]

@@ -16,8 +16,9 @@ from onebit.comm.tensors import describe
 from onebit.compress import InputError, SignCodec
 from onebit.compress.kernels import DTYPES
 from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers
-from onebit.optim.options import check_flags, check_supported
+from onebit.optim.options import check_count, check_flags, check_supported
 from onebit.optim.pending import PendingSteps
+from onebit.optim.replicas import check_replicas, checksums
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         master_weights: keep an fp32 copy of parameters in half precision, so that small updates add up.
         unsupported: keyword arguments that the subclass does not know, to be refused.
         bucket_mb, backend, codec: as for `onebit.comm.CompressedAllreduce`.
+        check_every: k: every k-th call of `step` ends with `check_replicas`; None: it is not called.
 
     Raises:
         InputError: an option is out of range or unknown, or a parameter cannot be averaged.
@@ -68,8 +70,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         bucket_mb: float | None = None,
         backend: object = None,
         codec: SignCodec | None = None,
+        check_every: int | None = None,
     ) -> None:
         check_supported(type(self).__name__, unsupported or {}, known=False)
+        check_count(type(self).__name__, "check_every", check_every, "steps between two checks of replicas")
         defaults = {**defaults, "compress": True, "master_weights": master_weights, **self._progress}
         self._check_group_options(defaults)
         self._bucket_mb = None if bucket_mb is None else bucket_mb_for([], bucket_mb)
@@ -82,6 +86,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._agreed = False
         self._pending = PendingSteps()
         self._skipped_steps = 0
+        self._check_every = check_every
+        self._calls = 0
         super().__init__(params, defaults)
 
     @property
@@ -138,7 +144,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            MismatchError: at the first step, or after add_param_group: ranks differ in parameters or options.
+            MismatchError: at the first step, or after add_param_group: ranks differ in parameters or options. With
+                `check_every`: replicas are not equal any more; the step was made.
             TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
             InputError: a gradient that cannot be averaged, such as a sparse one; nothing was changed.
         """
@@ -165,6 +172,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
             self._settle(settling, torch.stack(flags).all())
         else:
             self._decide(exchanges, made)
+        self._calls += 1
+        if self._check_every and self._calls % self._check_every == 0:
+            check_replicas(self)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -351,7 +361,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _facts(self) -> dict[str, str]:
         bucket_mb = bucket_mb_for(self.param_groups[0]["params"], self._bucket_mb)
-        facts = {"the codec": str(self._codec), "bucket_mb": str(bucket_mb)}
+        facts = {"the codec": str(self._codec), "bucket_mb": str(bucket_mb), "check_every": str(self._check_every)}
         for g, group in enumerate(self.param_groups):
             facts[f"the number of parameters of group {g}"] = str(len(group["params"]))
             for key, value in group.items():
@@ -360,9 +370,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 facts[f"parameter {i} of group {g}"] = describe(p)
         for g, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                name = f"the values of parameter {i} of group {g} (onebit.comm.broadcast makes them equal)"
-                facts[name] = checksum(self._common_value(p))
+            sums = checksums([self._common_value(p) for p in group["params"]])
+            for i, found in enumerate(sums):
+                facts[f"the values of parameter {i} of group {g} (onebit.comm.broadcast makes them equal)"] = found
         return facts
 
     def _check_loaded_groups(self, state_dict: Mapping[str, Any]) -> None:
@@ -385,10 +395,3 @@ def _settling(exchanges: list[Exchange], flags: list[Tensor]) -> list[DeviceExch
     settling = [exchange for exchange in exchanges if isinstance(exchange, DeviceExchange)]
     together = len(settling) == len(exchanges) and len({flag.device for flag in flags}) == 1
     return settling if together else []
-
-
-def checksum(tensor: Tensor) -> str:
-    """A number that tells different contents apart: the sum of the elements' bit patterns."""
-    rows = tensor.detach().clone(memory_format=torch.contiguous_format)  # contiguous() lets one element keep any stride
-    words = rows.view(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int16)
-    return f"checksum {int(words.sum(dtype=torch.int64))}"

@@ -52,6 +52,8 @@ class OnebitAdam(FusedGroups):
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire after warm-up.
+        check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
+            apart; None: no check and no cost.
 
     Raises:
         InputError: an option is out of range or a parameter has an unsupported dtype.
@@ -78,6 +80,7 @@ class OnebitAdam(FusedGroups):
         bucket_mb: float | None = None,
         backend: object = None,
         codec: SignCodec | None = None,
+        check_every: int | None = None,
         **unsupported: NoReturn,
     ) -> None:
         defaults = {
@@ -100,6 +103,7 @@ class OnebitAdam(FusedGroups):
             bucket_mb=bucket_mb,
             backend=backend,
             codec=codec,
+            check_every=check_every,
         )
 
     def phase(self, group: int = 0) -> str:

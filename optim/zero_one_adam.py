@@ -81,6 +81,8 @@ class ZeroOneAdam(FusedGroups):
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire in synchronised steps.
+        check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
+            apart; None: no check and no cost.
 
     Raises:
         InputError: an option is out of range or a parameter has an unsupported dtype.
@@ -106,6 +108,7 @@ class ZeroOneAdam(FusedGroups):
         bucket_mb: float | None = None,
         backend: object = None,
         codec: SignCodec | None = None,
+        check_every: int | None = None,
         **unsupported: NoReturn,
     ) -> None:
         defaults = {
@@ -133,6 +136,7 @@ class ZeroOneAdam(FusedGroups):
             bucket_mb=bucket_mb,
             backend=backend,
             codec=codec,
+            check_every=check_every,
         )
 
     @property
