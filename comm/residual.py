@@ -161,6 +161,11 @@ class Residual:
             part.copy_(found)
 
     @staticmethod
+    def check(state: Any) -> None:
+        """Raise InputError unless this can be a state of some rank: complete, and every size that of the others."""
+        _check_state(state)
+
+    @staticmethod
     def reshard(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[str, Any]]:
         """Turn the states of all ranks into those of `world_size` ranks.
 
@@ -172,7 +177,7 @@ class Residual:
             world_size: the new number of ranks.
 
         Returns:
-            One state per new rank.
+            One state per new rank; their tensors are the same objects.
 
         Raises:
             InputError: ranks are missing, doubled, or hold different tensors.
@@ -193,7 +198,10 @@ class Residual:
                 f"{len(states)}, of ranks {ranks} with {sorted({sum(state['numels']) for state in held})} elements"
             )
         numels = states[0]["numels"]
-        worker = torch.stack([state["worker"].double() for state in states]).mean(0).float()
+        total = torch.zeros_like(states[0]["worker"], dtype=torch.float64)
+        for state in sorted(states, key=lambda state: int(state["rank"])):  # the order given changes no bit
+            total += state["worker"].to(total)
+        worker = (total / old).float()
         server = torch.zeros_like(worker)
         starts = torch.tensor([0, *numels]).cumsum(0).tolist()
         for state in states:
@@ -204,7 +212,7 @@ class Residual:
                 at += numel
         spans = torch.tensor([[t, 0, n] for t, n in enumerate(numels) if n], dtype=torch.int64).view(-1, 3)
         common = {"version": VERSION, "world_size": world_size, "numels": numels, "server_spans": spans}
-        return [{**common, "rank": r, "worker": worker.clone(), "server": server.clone()} for r in range(world_size)]
+        return [{**common, "rank": r, "worker": worker, "server": server} for r in range(world_size)]
 
     def _worker_parts(self, place: Place, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of the same elements: in a bucket's residual, and in one flat tensor of all tensors in order."""
@@ -265,21 +273,50 @@ def _misfit(state: Mapping[str, Any], place: Place) -> InputError | None:
     return None
 
 
-def _check_state(state: Mapping[str, Any]) -> None:
-    if state.get("version") != VERSION:
+def _check_state(state: Any) -> None:
+    """Raise InputError unless a state is complete and consistent by itself."""
+    version = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+    if type(version) is not int or version != VERSION:
+        raise InputError(f"a residual's state has version {VERSION}, got {version!r}; was it made by state_dict()?")
+    if len(state) == 1:
+        return
+    keys = {"version", "rank", "world_size", "numels", "worker", "server", "server_spans"}
+    if state.keys() != keys:
         raise InputError(
-            f"a residual's state has version {VERSION}, got {state.get('version')!r}; was it made by state_dict()?"
+            f"a residual's state lacks {', '.join(sorted(keys - state.keys())) or 'nothing'}, and has "
+            f"{', '.join(sorted(map(str, state.keys() - keys))) or 'nothing'} beside; was it made by state_dict()?"
         )
-    keys = {"rank", "world_size", "numels", "worker", "server", "server_spans"}
-    if len(state) > 1 and not keys <= state.keys():
-        raise InputError(f"a residual's state lacks {', '.join(sorted(keys - state.keys()))}")
-    if "worker" in state and state["worker"].numel() != sum(state["numels"]):
+    rank, world_size, numels = state["rank"], state["world_size"], state["numels"]
+    if type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size:
+        raise InputError(f"a residual's state is of rank {rank!r} of {world_size!r}, expected ints, the first smaller")
+    if not isinstance(numels, (list, tuple)) or not all(type(n) is int and n >= 0 for n in numels):
         raise InputError(
-            f"a residual's state of {sum(state['numels'])} elements holds a worker residual of "
-            f"{state['worker'].numel()}"
+            "a residual's state has numels that are not the sizes of tensors; was it made by state_dict()?"
         )
-    if "server" in state and state["server"].numel() != int(state["server_spans"][:, 2].sum()):
+    for key, dtype, dim in (
+        ("worker", torch.float32, 1),
+        ("server", torch.float32, 1),
+        ("server_spans", torch.int64, 2),
+    ):
+        value = state[key]
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != dim or value.layout != torch.strided:
+            raise InputError(f"a residual's state has {key} that is no tensor of {dim} dimensions and dtype {dtype}")
+    if state["worker"].numel() != sum(numels):
         raise InputError(
-            f"a residual's state whose spans have {int(state['server_spans'][:, 2].sum())} elements holds a server "
-            f"residual of {state['server'].numel()}"
+            f"a residual's state of {sum(numels)} elements holds a worker residual of {state['worker'].numel()}"
         )
+    _check_spans(state["server_spans"], numels, state["server"].numel())
+
+
+def _check_spans(spans: Tensor, numels: Sequence[int], served: int) -> None:
+    """Raise InputError unless these runs lie within tensors of these sizes and have `served` elements in all."""
+    rows = spans.tolist() if spans.shape[1] == 3 else [(-1, 0, 0)]
+    for tensor, offset, numel in rows:
+        if not 0 <= tensor < len(numels) or offset < 0 or numel < 1 or offset + numel > numels[tensor]:
+            raise InputError(
+                f"a residual's state has (tensor, offset, numel) {(tensor, offset, numel)} among its server_spans, "
+                f"which is no part of its {len(numels)} tensors"
+            )
+    total = sum(numel for _, _, numel in rows)
+    if served != total:
+        raise InputError(f"a residual's state whose spans have {total} elements holds a server residual of {served}")

@@ -16,14 +16,13 @@ from onebit.comm.tensors import describe
 from onebit.compress import InputError, SignCodec
 from onebit.compress.kernels import DTYPES
 from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers
+from onebit.optim.loading import check_state
 from onebit.optim.options import check_count, check_flags, check_supported
 from onebit.optim.pending import PendingSteps
 from onebit.optim.replicas import check_replicas, checksums
+from onebit.optim.state_keys import COUNTS, EXTRA, FORMAT, SCALARS, SHAPED
 
 _log = logging.getLogger(__name__)
-
-EXTRA = "onebit"  # key of a state_dict under which everything stands that torch's own optimizers do not have
-VERSION = 1
 
 
 class CompressedOptimizer(torch.optim.Optimizer):
@@ -59,6 +58,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     # Options of a group that tell how far it has come, with their start; a state of torch's own Adam lacks them.
     _progress: ClassVar[Mapping[str, Any]] = {"step": 0}
+
+    # Keys of a parameter's state beside Adam's; see `onebit.optim.state_keys`.
+    _own_keys: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -185,27 +187,24 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._pending.wait()
         state: dict[str, Any] = super().state_dict()
         residuals = [reducers.residual.state_dict() for reducers in self._of_groups()]
-        state[EXTRA] = {"version": VERSION, "skipped_steps": self.skipped_steps, "residuals": residuals}
+        state[EXTRA] = {"version": FORMAT, "skipped_steps": self.skipped_steps, "residuals": residuals}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state of the same rank and world size; a `torch.optim.AdamW` state is taken as one of warm-up.
 
         Raises:
-            InputError: it is of another version; nothing was changed.
-            ValueError: it is of other parameters (torch's own check); nothing was changed.
+            InputError: it is of another version or of other parameters, incomplete or damaged; nothing was changed.
         """
+        self.check_state_dict(state_dict)
         extra = state_dict.get(EXTRA)
-        if extra is not None and extra.get("version") != VERSION:
-            raise InputError(f"{type(self).__name__} state has version {VERSION}, got {extra.get('version')!r}")
-        self._check_loaded_groups(state_dict)
         self._pending.wait()
         residuals = [Residual() for _ in self.param_groups]
         for residual, saved in zip(residuals, extra["residuals"] if extra else (), strict=False):
             residual.load_state_dict(saved)
         defaults = [dict(group) for group in self.param_groups]
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._restore_fp32_state(state_dict)
+        self._restore_state(state_dict)
         for group, default in zip(self.param_groups, defaults, strict=True):
             steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, {})]
             for key, value in {**default, **self._progress, "step": max(steps, default=0)}.items():
@@ -213,6 +212,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._reducers = [self._group_reducers(residual) for residual in residuals]
         self._skipped_steps = extra["skipped_steps"] if extra else 0
         self._agreed = False
+
+    def check_state_dict(self, state_dict: Any) -> None:
+        """Raise the InputError that `load_state_dict` would raise, and change nothing."""
+        check_state(type(self).__name__, state_dict, self.param_groups, self._own_keys, self._check_loaded_options)
 
     @abstractmethod
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
@@ -375,18 +378,23 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 facts[f"the values of parameter {i} of group {g} (onebit.comm.broadcast makes them equal)"] = found
         return facts
 
-    def _check_loaded_groups(self, state_dict: Mapping[str, Any]) -> None:
-        for group in state_dict["param_groups"]:
-            if group.get("amsgrad"):
-                check_supported(type(self).__name__, {"amsgrad": True})
+    def _check_loaded_options(self, group: Mapping[str, Any]) -> None:
+        """Options of torch's own optimizers may be there and do not act, but those that change what is computed."""
+        check_supported(type(self).__name__, {"amsgrad": group.get("amsgrad")})
+        check_flags(type(self).__name__, group, "compress", "master_weights")
+        self._check_options(group)
 
-    def _restore_fp32_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Moments are fp32 here; torch casts what it loads to the parameter's dtype, and its own have that anyway."""
+    def _restore_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Undo what torch does to what it loads: here all is fp32, counts are on the CPU, strides the parameter's."""
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, own, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and self.state[p][key].dtype in (torch.bfloat16, torch.float16):
+                if key in COUNTS:
+                    self.state[p][key] = value.to("cpu", torch.float32, copy=True).view(())
+                elif key in SHAPED and (p.dtype != torch.float32 or value.stride() != p.stride()):
+                    self.state[p][key] = torch.empty_like(p, dtype=torch.float32).copy_(value)
+                elif key in SCALARS and p.dtype != torch.float32:
                     self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
 

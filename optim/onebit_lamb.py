@@ -19,6 +19,7 @@ from onebit.optim.known import known_indices
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step
+from onebit.optim.state_keys import LAYERWISE
 
 
 class OnebitLamb(CompressedOptimizer):
@@ -65,6 +66,7 @@ class OnebitLamb(CompressedOptimizer):
     """
 
     _progress: ClassVar[Mapping[str, Any]] = {"step": 0, **PROGRESS}
+    _own_keys = LAYERWISE
 
     def __init__(
         self,

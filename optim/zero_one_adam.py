@@ -13,7 +13,6 @@ from torch import Tensor
 from onebit.comm import CompressedWork
 from onebit.comm.tensors import all_finite
 from onebit.compress import SignCodec
-from onebit.optim.base import EXTRA
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.fused_groups import FusedGroups
@@ -38,6 +37,7 @@ from onebit.optim.moments import adam_state, local_momenta, wanted
 from onebit.optim.options import check_adam_options, check_flags
 from onebit.optim.pending import PendingSteps
 from onebit.optim.policies import SyncPolicy, VariancePolicy
+from onebit.optim.state_keys import EXTRA, INTERVAL
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ class ZeroOneAdam(FusedGroups):
         InputError: an option is out of range or a parameter has an unsupported dtype.
         BackendError: the backend is unknown or cannot be used.
     """
+
+    _own_keys = INTERVAL
 
     def __init__(
         self,

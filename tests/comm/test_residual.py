@@ -234,7 +234,7 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
     "without its rank": (lambda s: without(s, "rank"), "lacks rank"),
     "with too few elements": (lambda s: broken(s, worker=s["worker"][1:]), "holds a worker residual of"),
     "with too few on the server": (lambda s: broken(s, server=s["server"][1:]), "holds a server residual of"),
-    "of other tensors": (lambda s: broken(s, numels=s["numels"][::-1]), "has numels"),
+    "of other tensors": (lambda s: broken(s, numels=[*s["numels"], 0]), "has numels"),
     "of another rank": (lambda s: broken(s, rank=1 - s["rank"]), r"has rank \d.*Residual\.reshard"),
     "of another world size": (lambda s: broken(s, world_size=4), r"has world_size 4, here it is 2.*Residual\.reshard"),
     "of another bucket size": (lambda s: elsewhere(s), "another bucket size or block size"),

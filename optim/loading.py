@@ -1,0 +1,212 @@
+"""What a state must look like to be taken over; looked at as a whole before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebit.comm import Residual
+from onebit.compress import InputError
+from onebit.optim.local_steps import RATE, START
+from onebit.optim.state_keys import (
+    ADAM,
+    COUNTS,
+    EXTRA,
+    FLOATS,
+    FORMAT,
+    INTERVAL,
+    LEFT_OUT_STEPS,
+    MASTER,
+    RESIDUALS,
+    SCALARS,
+    SHAPED,
+    SKIPPED_STEPS,
+    STEP,
+    VARIANCE_STEP,
+    VERSION,
+)
+
+REMEDY = "it was changed, damaged, or made by something else; nothing was loaded"
+
+
+def check_state(
+    owner: str,
+    state_dict: Any,
+    groups: Sequence[Mapping[str, Any]],
+    own_keys: Collection[str],
+    check_options: Callable[[Mapping[str, Any]], None],
+) -> None:
+    """Raise InputError unless an optimizer can take this state over.
+
+    Args:
+        owner: the optimizer's name, for messages.
+        state_dict: anything.
+        groups: the optimizer's parameter groups.
+        own_keys: what it keeps of a parameter beside Adam's state.
+        check_options: raises for options of a group that are out of range; those not saved stay as they are.
+    """
+    extra = state_dict.get(EXTRA) if isinstance(state_dict, Mapping) else None
+    if isinstance(extra, Mapping) and extra.get(VERSION) != FORMAT:
+        raise InputError(f"{owner} state has version {FORMAT}, got {extra.get(VERSION)!r}")
+    _check_groups(owner, state_dict, [group["params"] for group in groups])
+    numels = []
+    for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+        entries = [state_dict["state"].get(index, {}) for index in saved["params"]]
+        for index, entry, p in zip(saved["params"], entries, group["params"], strict=True):
+            _check_parameter(owner, index, entry, p, own_keys)
+        _check_progress(owner, g, saved, entries)
+        check_options({**group, **saved})
+        numels.append([p.numel() for p, entry in zip(group["params"], entries, strict=True) if entry])
+    if extra is not None:
+        _check_extra(owner, extra, numels)
+
+
+def _check_groups(owner: str, state_dict: Any, params: Sequence[Sequence[Tensor]]) -> None:
+    """Raise InputError unless a state's parameter groups have the numbers of parameters that `params` has.
+
+    Args:
+        owner: the optimizer's name, for messages.
+        state_dict: anything.
+        params: the parameters of every group.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise InputError(f"{owner}: a state to load must be a dict, as of state_dict(), got {_kind(state_dict)}")
+    for key, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+        if not isinstance(state_dict.get(key), kind):
+            raise InputError(f"{owner}: the state to load has no {key!r}, or not as state_dict() makes it; {REMEDY}")
+    groups = state_dict["param_groups"]
+    for g, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise InputError(f"{owner}: group {g} of the state to load does not list its parameters; {REMEDY}")
+    got, expected = [len(group["params"]) for group in groups], [len(group) for group in params]
+    if len(got) != len(expected):
+        raise InputError(
+            f"{owner}: the state to load has a different number of parameter groups: {len(got)}, expected "
+            f"{len(expected)}; make the optimizer with the groups that were saved"
+        )
+    if got != expected:
+        raise InputError(
+            f"{owner}: the groups of the state to load have {got} parameters, expected {expected}; make the optimizer "
+            "with the parameters that were saved, in their order"
+        )
+    indices = [index for group in groups for index in group["params"]]
+    if not all(type(index) is int for index in indices) or len(set(indices)) != len(indices):
+        raise InputError(f"{owner}: the state to load does not number its parameters by different ints; {REMEDY}")
+    unknown = [key for key in state_dict["state"] if key not in indices]
+    if unknown:
+        raise InputError(f"{owner}: the state to load has entries {unknown[:5]}, which are of no parameter; {REMEDY}")
+
+
+def _check_parameter(owner: str, index: int, entry: Any, p: Tensor, own_keys: Collection[str]) -> None:
+    """Raise InputError unless this can be the state of a parameter.
+
+    Args:
+        owner, index: the optimizer and the parameter's number, for messages.
+        entry: anything.
+        p: the parameter.
+        own_keys: what this optimizer keeps beside Adam's state.
+    """
+    where = f"{owner}: the state to load of parameter {index}"
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{where} must be a dict, got {_kind(entry)}; {REMEDY}")
+    if not entry:
+        return
+    needed = [
+        *ADAM,
+        *(_interval_keys(entry) if INTERVAL & entry.keys() else ()),
+        *(SCALARS if SCALARS & entry.keys() else ()),
+    ]
+    lacking = [key for key in needed if key not in entry]
+    if lacking:
+        raise InputError(f"{where} lacks {', '.join(lacking)}; {REMEDY}")
+    unknown = [str(key) for key in entry if key not in {*ADAM, VARIANCE_STEP, MASTER, *own_keys}]
+    if unknown:
+        raise InputError(f"{where} has {', '.join(unknown)}, of which {owner} knows nothing; leave them out")
+    for key, value in entry.items():
+        if key in FLOATS:
+            fits = type(value) is float and 0 <= value < float("inf")
+            expected = "a finite float of at least 0"
+        elif key in SHAPED:
+            fits = _is_plain(value) and value.shape == p.shape
+            expected = f"floating point numbers of shape {tuple(p.shape)}"
+        else:
+            fits = _is_plain(value) and value.numel() == 1 and (key not in COUNTS or 0 <= float(value) < float("inf"))
+            expected = "a tensor of one number" + (" of at least 0" if key in COUNTS else "")
+        if not fits:
+            raise InputError(f"{where} has {key} {_kind(value)}, expected {expected}; {REMEDY}")
+
+
+def _check_progress(owner: str, g: int, group: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError unless a group can have come as far as it says.
+
+    Args:
+        owner, g: the optimizer and the group's number, for messages.
+        group: what is to be loaded, options of torch's own optimizers included.
+        entries: the states of its parameters, each by itself checked.
+    """
+    step, at, history = group.get(STEP, 0), group.get("frozen_at"), group.get("freeze_history", ())
+    for key, value in ((STEP, step), ("frozen_at", 0 if at is None else at)):
+        if type(value) is not int or value < 0:
+            raise InputError(f"{owner}: group {g} of the state to load has {key}={value!r}, expected an int; {REMEDY}")
+    if not _is_history(history):
+        raise InputError(f"{owner}: group {g} of the state to load has a freeze_history of another form; {REMEDY}")
+    if len({RATE in entry for entry in entries if entry}) > 1:
+        raise InputError(
+            f"{owner}: in group {g} of the state to load some parameters are between synchronisations and others are "
+            f"not; {REMEDY}"
+        )
+
+
+def _check_extra(owner: str, extra: Any, numels: Sequence[Sequence[int]]) -> None:
+    """Raise InputError unless this can be what a state has beside that of torch's own optimizers.
+
+    Args:
+        owner: the optimizer's name, for messages.
+        extra: anything.
+        numels: per group the sizes of the parameters that have a state, whose average the error feedback belongs to.
+    """
+    known = {VERSION, SKIPPED_STEPS, LEFT_OUT_STEPS, RESIDUALS}
+    if not isinstance(extra, Mapping) or not {VERSION, SKIPPED_STEPS, RESIDUALS} <= extra.keys() <= known:
+        raise InputError(f"{owner}: the state to load lacks, or has more than, {', '.join(sorted(known))}; {REMEDY}")
+    for key in (SKIPPED_STEPS, LEFT_OUT_STEPS):
+        if type(extra.get(key, 0)) is not int or extra.get(key, 0) < 0:
+            raise InputError(f"{owner}: the state to load has {key}={extra[key]!r}, expected an int; {REMEDY}")
+    residuals = extra[RESIDUALS]
+    if not isinstance(residuals, (list, tuple)) or len(residuals) != len(numels):
+        raise InputError(f"{owner}: the state to load must have error feedback for {len(numels)} groups; {REMEDY}")
+    for g, (residual, expected) in enumerate(zip(residuals, numels, strict=True)):
+        Residual.check(residual)
+        if "numels" in residual and list(residual["numels"]) != list(expected):
+            raise InputError(
+                f"{owner}: the error feedback to load for group {g} is of tensors with {list(residual['numels'])} "
+                f"elements, and the parameters with a state have {list(expected)}; {REMEDY}"
+            )
+
+
+def _interval_keys(entry: Mapping[str, Any]) -> frozenset[str]:
+    return INTERVAL - {START} if MASTER in entry else INTERVAL
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
+
+
+def _is_history(value: Any) -> bool:
+    """Whether it is what `onebit.optim.freeze.observe` makes."""
+    if not isinstance(value, (tuple, list)) or len(value) not in (0, 3):
+        return False
+    if not value:
+        return True
+    last, rose, norms = value
+    pairs = isinstance(norms, (tuple, list)) and all(isinstance(n, (tuple, list)) and len(n) == 2 for n in norms)
+    return pairs and all(type(x) in (int, float) for x in (last, rose, *(x for pair in norms for x in pair)))
+
+
+def _kind(value: Any) -> str:
+    """What came, in few words."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return repr(value) if isinstance(value, (int, float, bool)) else type(value).__name__
