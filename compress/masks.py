@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout
 from onebit.compress.reference import pack_bits
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedBlocks:
+    """What is known of a mask block by block, as long as the mask lives.
+
+    Attributes:
+        block_size: elements per block.
+        clean: (blocks,) bool, all elements of a block take part.
+        version: of the mask when this was found out; a tensor that is written to has another.
+    """
+
+    block_size: int
+    clean: npt.NDArray[np.bool_]
+    version: int
+
+
+# What is known of masks, by the tensor itself: an address may be another mask's later.
+_known: MutableMapping[Tensor, MaskedBlocks] = WeakIdKeyDictionary()
 
 
 def pack_mask(masks: Sequence[Tensor], layout: Layout) -> Tensor | None:
@@ -21,6 +44,7 @@ def pack_mask(masks: Sequence[Tensor], layout: Layout) -> Tensor | None:
 
     Returns:
         (layout.padded_numel / 8,) uint8 for `mask=` of the codec, or None when no element of the layout is taken out.
+        This tensor itself, not a copy, lets the GPU's fast kernels take all blocks that it leaves whole.
 
     Raises:
         InputError: a mask is not bool or has too few elements.
@@ -34,4 +58,21 @@ def pack_mask(masks: Sequence[Tensor], layout: Layout) -> Tensor | None:
                 "elements"
             )
         bits[layout.residual_span(s)] = mask.reshape(-1)[s.offset : s.offset + s.numel]
-    return pack_bits(bits) if bool(bits.any()) else None
+    clean = ~bits.view(layout.blocks, layout.block_size).any(1).cpu().numpy()  # the host waits here, and only here
+    if clean.all():
+        return None
+    packed = pack_bits(bits)
+    if not packed.is_inference():  # such a tensor has no version
+        _known[packed] = MaskedBlocks(layout.block_size, clean, packed._version)
+    return packed
+
+
+def masked_blocks(mask: Tensor, layout: Layout) -> MaskedBlocks | None:
+    """What is known of a mask's blocks; None unless `pack_mask` made it in such blocks and nobody has written to it.
+
+    Does not wait for the device.
+    """
+    known = _known.get(mask)
+    if known is None or known.version != mask._version:
+        return None
+    return known if (known.block_size, len(known.clean)) == (layout.block_size, layout.blocks) else None

@@ -23,8 +23,8 @@ def encode(
     tensors: Sequence[Tensor], residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout, squared: bool
 ) -> None:
     """As `reference.encode`."""
-    plain = residual is not None and mask is None and residual.data_ptr() % 16 == 0
-    full, others = entries(layout, tensors, out.device, plain)
+    plain = residual is not None and residual.data_ptr() % 16 == 0
+    full, others = entries(layout, tensors, out.device, mask, plain)
     dtype = _dtype(tensors)
     if full.n:
         arguments = (full.address, full.n, _address(residual), out.data_ptr(), *_sizes(layout), squared)
@@ -51,8 +51,8 @@ def reduce_encode(
     squared: bool,
 ) -> None:
     """As `reference.reduce_encode`."""
-    plain = residual is not None and mask is None and residual.data_ptr() % 16 == 0
-    full, others = chunk_entries(layout, chunk, out.device, plain)
+    plain = residual is not None and residual.data_ptr() % 16 == 0
+    full, others = chunk_entries(layout, chunk, out.device, mask, plain)
     source = (payloads.data_ptr(), payloads.shape[0])
     if full.n:
         arguments = (full.address, full.n, _address(residual), out.data_ptr(), *_sizes(layout), squared)
@@ -80,7 +80,7 @@ def undo_reduce(
     keep: Tensor | None,
 ) -> None:
     """As `reference.undo_reduce`."""
-    _, blocks = chunk_entries(layout, chunk, out.device, plain=False)
+    _, blocks = chunk_entries(layout, chunk, out.device, mask, plain=False)
     masked = 0 if mask is None else mask.data_ptr() + chunk * layout.chunk_numel // 8
     arguments = (blocks.address, blocks.n, residual.data_ptr(), masked, out.data_ptr(), _address(keep))
     source = (payloads.data_ptr(), payloads.shape[0])
@@ -103,7 +103,7 @@ def all_finite(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
 
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
     """As `reference.decode`."""
-    full, others = entries(layout, tensors, payloads.device, mask is None)
+    full, others = entries(layout, tensors, payloads.device, mask, plain=True)
     dtype = _dtype(tensors)
     if full.n:
         arguments = (payloads.data_ptr(), full.address, full.n, *_sizes(layout))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from onebit.compress.layout import Layout
+from onebit.compress.masks import MaskedBlocks, masked_blocks
 
 FULL_BLOCK = 1024  # real elements of the blocks that the fast kernels take
 _KEPT = 8  # lists of tensors whose tables are kept per layout; a captured graph refers to those it was captured with
@@ -31,11 +33,14 @@ class Entries:
     address: int
 
 
-def entries(layout: Layout, tensors: Sequence[Tensor], device: torch.device, plain: bool) -> tuple[Entries, Entries]:
+def entries(
+    layout: Layout, tensors: Sequence[Tensor], device: torch.device, mask: Tensor | None, plain: bool
+) -> tuple[Entries, Entries]:
     """The blocks of these tensors that the fast kernels may take (none unless `plain`), and the others."""
+    plain, masked = fast_and_masked(layout, mask, plain)
     addresses = tuple([t.data_ptr() for t in tensors])
     key = (plain, tensors[0].dtype if tensors else None, addresses)
-    kept: dict[object, tuple[Entries, Entries]] = layout.cache.setdefault(("entries", device), {})
+    kept: dict[object, tuple[Entries, Entries]] = tables_of(layout, masked).setdefault(("entries", device), {})
     made = kept.get(key)
     if made is None:
         _make_room(kept)
@@ -43,18 +48,49 @@ def entries(layout: Layout, tensors: Sequence[Tensor], device: torch.device, pla
         bases = torch.tensor(addresses or (0,), dtype=torch.int64, device=device)
         size = tensors[0].element_size() if tensors else 0
         address = bases[tensor] + size * offset
-        made = kept[key] = _split(layout, address, low, plain, address % 16 == 0)
+        suited = address % 16 == 0
+        if masked is not None:
+            suited &= torch.from_numpy(masked.clean).to(device)
+        made = kept[key] = _split(layout, address, low, plain, suited)
     return made
 
 
-def chunk_entries(layout: Layout, chunk: int, device: torch.device, plain: bool) -> tuple[Entries, Entries]:
-    """As `entries`, of one chunk, for kernels that read no tensor."""
-    key = ("chunk", chunk, device, plain)
-    if key not in layout.cache:
-        low = _tables(layout, device)[2][chunk * layout.chunk_blocks : (chunk + 1) * layout.chunk_blocks]
-        layout.cache[key] = _split(layout, torch.zeros_like(low), low, plain, torch.ones_like(low, dtype=torch.bool))
-    made: tuple[Entries, Entries] = layout.cache[key]
+def chunk_entries(
+    layout: Layout, chunk: int, device: torch.device, mask: Tensor | None, plain: bool
+) -> tuple[Entries, Entries]:
+    """As `entries`, of one chunk, for kernels that read no tensor; `mask` is the whole layout's."""
+    plain, masked = fast_and_masked(layout, mask, plain)
+    kept, key = tables_of(layout, masked), ("chunk", chunk, device, plain)
+    if key not in kept:
+        blocks = slice(chunk * layout.chunk_blocks, (chunk + 1) * layout.chunk_blocks)
+        low = _tables(layout, device)[2][blocks]
+        suited = torch.ones_like(low, dtype=torch.bool)
+        if masked is not None:
+            suited &= torch.from_numpy(masked.clean[blocks]).to(device)
+        kept[key] = _split(layout, torch.zeros_like(low), low, plain, suited)
+    made: tuple[Entries, Entries] = kept[key]
     return made
+
+
+def fast_and_masked(layout: Layout, mask: Tensor | None, plain: bool) -> tuple[bool, MaskedBlocks | None]:
+    """Whether the fast kernels may take blocks of a layout with this mask, and what keeps them from some of them.
+
+    Args:
+        plain: nothing but the mask is in the way.
+    """
+    if mask is None or not plain:
+        return plain, None
+    masked = masked_blocks(mask, layout)
+    return masked is not None, masked
+
+
+def tables_of(layout: Layout, masked: MaskedBlocks | None) -> dict[object, Any]:
+    """Where tables are kept: with the layout, those for a mask as long as that lives; a captured graph reads both."""
+    if masked is None:
+        return layout.cache
+    of_masks: WeakKeyDictionary[MaskedBlocks, dict[object, Any]]
+    of_masks = layout.cache.setdefault("tables of masks", WeakKeyDictionary())
+    return of_masks.setdefault(masked, {})
 
 
 @dataclass(frozen=True)
@@ -108,9 +144,9 @@ def groups(layout: Layout, chunk: int | None, device: torch.device) -> tuple[Ten
     return made
 
 
-def _split(layout: Layout, address: Tensor, low: Tensor, plain: bool, aligned: Tensor) -> tuple[Entries, Entries]:
+def _split(layout: Layout, address: Tensor, low: Tensor, plain: bool, suited: Tensor) -> tuple[Entries, Entries]:
     fast = plain and layout.block_size == FULL_BLOCK and not layout.shared_scale
-    full = ((low & 0xFFFFFFFF) == FULL_BLOCK) & aligned if fast else torch.zeros_like(aligned)
+    full = ((low & 0xFFFFFFFF) == FULL_BLOCK) & suited if fast else torch.zeros_like(suited)
     table = torch.stack([address, low], dim=1)
     return _entries(table[full]), _entries(table[~full])
 

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from onebit.compress.gpu.tables import FULL_BLOCK
+from onebit.compress.gpu.tables import FULL_BLOCK, tables_of
 from onebit.compress.layout import Layout
+from onebit.compress.masks import MaskedBlocks
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,25 @@ class Group:
 
 
 def groups(
-    layout: Layout, device: torch.device, kinds: npt.NDArray[np.int64], fast: npt.NDArray[np.bool_]
+    layout: Layout,
+    device: torch.device,
+    kinds: npt.NDArray[np.int64],
+    fast: npt.NDArray[np.bool_],
+    masked: MaskedBlocks | None = None,
 ) -> tuple[Group, ...]:
-    """Sort the blocks of a layout; the tables are kept with it, so a captured graph may refer to them.
+    """Sort the blocks of a layout; the tables are kept as `tables_of` says, so a captured graph may refer to them.
 
     Args:
         kinds: (k,), of each tensor.
         fast: (k,), the tensor's addresses suit the fast kernels.
+        masked: blocks that the fast kernels leave alone; None: there are none.
     """
     values, classes = np.unique(kinds, return_inverse=True)
-    key = ("places", device, classes.tobytes(), fast.tobytes())
-    if key not in layout.cache:
-        layout.cache[key] = _sorted(layout, device, len(values), classes, fast)
-    made: list[tuple[Places, Places]] = layout.cache[key]
+    kept, key = tables_of(layout, masked), ("places", device, classes.tobytes(), fast.tobytes())
+    if key not in kept:
+        suited = fast[layout.tensor_of_block]
+        kept[key] = _sorted(layout, device, len(values), classes, suited if masked is None else suited & masked.clean)
+    made: list[tuple[Places, Places]] = kept[key]
     return tuple(Group(int(kind), *places) for kind, places in zip(values, made, strict=True))
 
 
@@ -73,13 +80,13 @@ def numels(layout: Layout, device: torch.device) -> Tensor:
 
 
 def _sorted(
-    layout: Layout, device: torch.device, n_classes: int, classes: npt.NDArray[np.int64], fast: npt.NDArray[np.bool_]
+    layout: Layout, device: torch.device, n_classes: int, classes: npt.NDArray[np.int64], suited: npt.NDArray[np.bool_]
 ) -> list[tuple[Places, Places]]:
     real = layout.count_of_block > 0
     tensor = layout.tensor_of_block.astype(np.int64)
     low = np.where(real, tensor, 0xFFFFFFFF) + (np.arange(layout.blocks, dtype=np.int64) << 32)
     table = np.stack([layout.offset_of_block, low], axis=1)
-    full = (layout.count_of_block == FULL_BLOCK) & fast[tensor]
+    full = (layout.count_of_block == FULL_BLOCK) & suited
     if layout.block_size != FULL_BLOCK or layout.shared_scale:
         full[:] = False
     of_class = [classes[tensor] == c for c in range(n_classes)]

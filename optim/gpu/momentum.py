@@ -99,8 +99,10 @@ def decode_update(
     param = operand("params", params, layout, device)
     master = operand("masters", masters, layout, device, fp32=True)
     variance = operand("variances", variances, layout, device, fp32=True)
-    operands, plain = (param, master, variance), part.mask is None
-    groups = sorted_blocks("update", layout, device, operands, plain, lambda: param.types + 4 * master.present)
+    operands = (param, master, variance)
+    groups = sorted_blocks(
+        "update", layout, device, operands, True, lambda: param.types + 4 * master.present, part.mask
+    )
     for group in groups:
         for places, kernel in ((group.full, _update_kernel(group.kind)), (group.others, "update_any")):
             if places.n:
@@ -158,8 +160,8 @@ class _Local:
         self._tables = [o.address for o in operands] + [0] * (2 - len(operands))
         self._factors = tuple(map(bits, factors))
         self._numels = numels(layout, device).data_ptr()
-        plain = packed and part.mask is None and part.residual.data_ptr() % 16 == 0
-        self.groups = sorted_blocks("encode", layout, device, operands, plain, lambda: _kinds(operands))
+        plain = packed and part.residual.data_ptr() % 16 == 0
+        self.groups = sorted_blocks("encode", layout, device, operands, plain, lambda: _kinds(operands), part.mask)
 
     def arguments(self, places: Places, group: Group) -> tuple[int, ...]:
         """LOCAL_ARGUMENTS of momentum.cu."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from onebit.compress.gpu.pointers import Pointers
+from onebit.compress.gpu.tables import fast_and_masked
 from onebit.compress.layout import Layout
 from onebit.optim.gpu.blocks import Group, groups
 
@@ -78,19 +79,22 @@ def sorted_blocks(
     operands: Sequence[Operand],
     plain: bool,
     kinds: Callable[[], npt.NDArray[np.int64]],
+    mask: Tensor | None = None,
 ) -> tuple[Group, ...]:
-    """The groups of blocks for launches that serve `purpose`; sorted anew only when an operand has changed.
+    """The groups of blocks for launches that serve `purpose`; sorted anew only when an operand or the mask has changed.
 
     Args:
         operands: those whose addresses the fast kernels need aligned.
         plain: nothing else keeps the fast kernels from these blocks.
         kinds: gives each tensor's kind.
+        mask: of the layout, as the codec takes it.
     """
-    key, known = ("sorted", purpose, device), (plain, *[o.version for o in operands])
-    kept: tuple[tuple[int, ...], tuple[Group, ...]] | None = layout.cache.get(key)
+    plain, masked = fast_and_masked(layout, mask, plain)
+    key, known = ("sorted", purpose, device), (plain, masked, *[o.version for o in operands])
+    kept: tuple[tuple[object, ...], tuple[Group, ...]] | None = layout.cache.get(key)
     if kept is None or kept[0] != known:
         fast = np.logical_and.reduce([o.aligned for o in operands]) & plain
-        kept = layout.cache[key] = (known, groups(layout, device, kinds(), fast))
+        kept = layout.cache[key] = (known, groups(layout, device, kinds(), fast, masked))
     return kept[1]
 
 
