@@ -108,18 +108,41 @@ class Collective:
         return Work(self._backend, self._operation, handle)
 
 
-class Guard:
-    """Turns whatever a transport raises inside a `with` block into a `TransportError`."""
+@dataclass
+class Order:
+    """Whether this rank still makes its collectives of a group in the same order as the others.
 
-    def __init__(self, rank: int, operation: str) -> None:
+    Ranks match their collectives by order alone. If a rank has given up on one and starts another, a peer that was only
+    late takes it for the one that it has come to itself, and what is averaged does not belong together.
+
+    Attributes:
+        broken_by: the collective that failed on this rank; None: all have completed.
+    """
+
+    broken_by: str | None = None
+
+
+class Guard:
+    """Turns what a transport raises inside a `with` block into a `TransportError`; later blocks then raise too."""
+
+    def __init__(self, rank: int, order: Order, operation: str) -> None:
         self._rank = rank
+        self._order = order
         self._operation = operation
 
     def __enter__(self) -> None:
         self._since = time.monotonic()
+        broken_by = self._order.broken_by
+        if broken_by is not None:
+            detail = f"an earlier {broken_by} of this group failed, and what comes after it would not be matched; "
+            raise TransportError(self._rank, self._operation, 0.0, detail + "start again with a new group of ranks")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (BackendError, TransportError)):
+        if error is None or isinstance(error, BackendError):  # which says that nothing was started
+            return
+        if self._order.broken_by is None:
+            self._order.broken_by = self._operation
+        if isinstance(error, Exception) and not isinstance(error, TransportError):
             detail = f"{type(error).__name__}: {error}".strip().rstrip(".")
             raise TransportError(self._rank, self._operation, time.monotonic() - self._since, detail) from error
 
@@ -128,7 +151,8 @@ class Backend(ABC):
     """One rank's end of a group of ranks that exchange flat tensors.
 
     A new transport is one file: subclass, implement the four underscored methods, and add a line to
-    `onebit.comm.registry`. This class checks arguments, counts traffic and turns failures into `TransportError`.
+    `onebit.comm.registry`. This class checks arguments, counts traffic and turns failures into `TransportError`. After
+    one every further collective raises at once, for ranks could not tell any more which belong together.
 
     Attributes:
         name: ``"gloo"``, ``"nccl"``, ``"mpi"``, ``"threads"`` or ``"single"``.
@@ -148,6 +172,7 @@ class Backend(ABC):
         self.size = size
         self.timeout = DEFAULT_TIMEOUT if timeout is None else float(timeout)
         self.traffic = Traffic()
+        self._order = Order()
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Work:
         """Start sending piece i of `input` to rank i; piece i of `output` comes from rank i.
@@ -234,8 +259,8 @@ class Backend(ABC):
             self._barrier()
 
     def guard(self, operation: str) -> Guard:
-        """A context that turns any failure inside it into a `TransportError` about `operation`."""
-        return Guard(self.rank, operation)
+        """A context that turns any failure inside it into a `TransportError` about `operation`; see `Guard`."""
+        return Guard(self.rank, self._order, operation)
 
     @abstractmethod
     def _all_to_all(self, output: Tensor, input: Tensor) -> Handle | None:

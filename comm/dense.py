@@ -66,10 +66,10 @@ class DenseAllreduce:
         check_same(self.backend.rank, listed, self._like)
         self.stats.calls += 1
         self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
-        self._in_flight = bool(self._buckets)
         for bucket in self._buckets:
             with self.stats.stage("all_to_all", self.backend):
                 bucket.exchange(listed)
+        self._in_flight = bool(self._buckets)
         return DenseWork(self, listed)
 
 

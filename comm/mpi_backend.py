@@ -8,12 +8,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onebit.comm.backend import Backend, Handle
+from onebit.comm.backend import Backend, Handle, Order
 from onebit.comm.errors import BackendError
 from onebit.comm.staging import Staging, settle
 
@@ -45,6 +46,9 @@ class MpiBackend(Backend):
     stream, for MPI knows no streams; after `wait` the result may be read by work queued on the stream that is current
     then.
 
+    Open MPI ends the whole job when a rank dies, unless it is told otherwise: under ``mpiexec --with-ft ulfm`` the
+    others get a `TransportError` at once, and can save what they have.
+
     MPI cannot take back a collective that a peer never joins. Its buffers are kept alive, and if such a collective is
     still open when the interpreter exits the job is aborted, for MPI_Finalize would wait for that peer for ever.
 
@@ -70,7 +74,8 @@ class MpiBackend(Backend):
         _refuse_unusable(self._mpi, communicator)
         super().__init__(communicator.Get_rank(), communicator.Get_size(), timeout)
         with self.guard("duplicating the communicator"):
-            self._communicator = _duplicate(self._mpi, communicator, self.timeout)
+            own = _duplicate(self._mpi, communicator, self.timeout)
+        self._communicator, self._order = own.communicator, own.order
         self._staging = Staging()
         self.cuda_aware = query_cuda_support(self._mpi)
 
@@ -219,24 +224,33 @@ _open: set[_Requests] = set()
 _keyval: int | None = None
 
 
-def _duplicate(mpi: Any, communicator: Any, timeout: float) -> Any:
+@dataclass(frozen=True)
+class _Duplicate:
+    """What all backends of one communicator share."""
+
+    communicator: Any
+    order: Order
+
+
+def _duplicate(mpi: Any, communicator: Any, timeout: float) -> _Duplicate:
     """This library's own duplicate of a communicator, made at the first call and found again at later ones."""
     global _keyval
     if _keyval is None:
         _keyval = mpi.Comm.Create_keyval(delete_fn=_free_duplicate)
         atexit.register(_abort_if_open, mpi)
-    duplicate = communicator.Get_attr(_keyval)
+    duplicate: _Duplicate | None = communicator.Get_attr(_keyval)
     if duplicate is None:
-        duplicate, request = communicator.Idup()
+        made, request = communicator.Idup()
         handle = _Requests(mpi, [request], (), None)
         _open.add(handle)
         handle.wait(timeout)
+        duplicate = _Duplicate(made, Order())
         communicator.Set_attr(_keyval, duplicate)
     return duplicate
 
 
-def _free_duplicate(communicator: Any, keyval: int, duplicate: Any) -> None:
-    duplicate.Free()
+def _free_duplicate(communicator: Any, keyval: int, duplicate: _Duplicate) -> None:
+    duplicate.communicator.Free()
 
 
 def _abort_if_open(mpi: Any) -> None:

@@ -59,7 +59,7 @@ class Stage:
         seconds[self._name] = seconds.get(self._name, 0.0) + time.perf_counter() - self._since
         self._stats.collectives += self._traffic.collectives - self._collectives
         self._stats.wire_bytes += self._traffic.wire_bytes - self._wire_bytes
-        if self._on_failure is not None and isinstance(error, Exception):
+        if self._on_failure is not None and error is not None:
             self._on_failure()
 
 

@@ -166,7 +166,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             flags = [exchange.all_finite() for exchange in exchanges]
             settling = _settling(exchanges, flags)
             made = not settling and all(bool(flag) for flag in flags)
-        except Exception:
+        except BaseException:  # an interrupt too, so that whoever handles it can save a whole state
             for exchange in exchanges:
                 exchange.undo()
             raise

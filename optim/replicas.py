@@ -73,6 +73,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     places = torch.arange(1, min(words.numel(), _AT_ONCE) + 1, device=words.device) * _MIX[0]
     weights = (places ^ (places >> 29)) * _MIX[1] | 1
-    for chunk in words.split(_AT_ONCE):
+    for start in range(0, words.numel(), _AT_ONCE):
+        chunk = words[start : start + _AT_ONCE]
         total = total * _MIX[0] + (chunk.long() * weights[: chunk.numel()]).sum()
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -36,12 +37,18 @@ def call(backend: Backend, operation: str) -> None:
         backend.barrier()
 
 
+def another_group(backend: Backend) -> Backend:
+    """Of the same ranks."""
+    if backend.name == "gloo":
+        return make_backend(dist.new_group())
+    from mpi4py import MPI
+
+    return make_backend(MPI.COMM_WORLD.Dup())
+
+
 def fail(backend: Backend, how: str, limit: float) -> tuple[float, dict[str, float]]:
     """The last rank fails in its way; the others say when they were through, and how long each operation took."""
-    # Gloo closes a group's connections at its first failure, so each operation has a group of its own.
-    groups = dict.fromkeys(OPERATIONS, backend)
-    if backend.name == "gloo":
-        groups = {operation: make_backend(dist.new_group()) for operation in OPERATIONS}
+    groups = {operation: another_group(backend) for operation in OPERATIONS}  # the first failure ends a group's use
     for operation, group in groups.items():
         call(group, operation)
     for group in groups.values():
@@ -60,8 +67,10 @@ def fail(backend: Backend, how: str, limit: float) -> tuple[float, dict[str, flo
         error = caught.value
         assert (error.rank, error.operation) == (backend.rank, operation)
         assert error.waited == pytest.approx(took[operation], abs=0.5)
-    with pytest.raises(TransportError):  # nor does a later call on a broken group hang
-        call(groups["all_to_all"], "all_to_all")
+    with pytest.raises(
+        TransportError, match="an earlier all_to_all of this group failed"
+    ):  # nor does a later call hang
+        call(groups["all_to_all"], "all_gather")
     return time.monotonic(), took
 
 
@@ -104,6 +113,39 @@ def test_mpi_peer_is_killed_and_mpiexec_ends_the_job() -> None:
     with pytest.raises(RanksFailed, match="no result: mpiexec has ended with exit status"):
         run_ranks("mpi", 2, fail, "is killed", LONG, without=[1])
     assert time.monotonic() - start < 40
+
+
+def give_up_and_try_again(backend: Backend) -> list[list[float]]:
+    """Rank 0 gives up on the last rank, which is late by two time limits; what the last rank hears from then on."""
+
+    def say(number: int) -> list[float]:
+        heard = torch.zeros(backend.size)
+        backend.all_gather(heard, torch.full((1,), float(number))).wait()
+        return heard.tolist()
+
+    backend.barrier()
+    backend.timeout = TIMEOUT
+    if backend.rank == 0:
+        with pytest.raises(TransportError):
+            say(0)
+        for _ in range(3):
+            with pytest.raises(TransportError, match="an earlier all_gather of this group failed") as caught:
+                say(0)
+            assert caught.value.waited == 0.0
+        time.sleep(4 * TIMEOUT)  # else the last rank might hear of its end
+        return []
+    heard = []
+    time.sleep(2 * TIMEOUT)
+    with contextlib.suppress(TransportError):
+        for number in range(4):
+            heard.append(say(number))
+    return heard
+
+
+@pytest.mark.parametrize("kind", ["threads", "gloo", pytest.param("mpi", marks=[pytest.mark.mpi, needs_mpi])])
+def test_who_gave_up_on_a_late_peer_and_tries_again_is_never_heard_in_the_wrong_place(kind: str) -> None:
+    heard = run_ranks(kind, 2, give_up_and_try_again)[1]
+    assert heard in ([], [[0.0, 0.0]])  # the call that rank 0 gave up on may be complete for the late one
 
 
 def come_late(backend: Backend) -> str:
