@@ -1,0 +1,213 @@
+"""Checkpoints as files, one per rank, that are whole or not there, and are loaded by all ranks or by none.
+
+    checkpoint.save(folder, optimizer, model=model.state_dict(), epoch=epoch)       # every rank
+    extra = checkpoint.load(folder, optimizer)                                      # every rank, also of another number
+    model.load_state_dict(extra["model"])
+
+One folder per checkpoint: it is complete when the files of all ranks are there. Nothing is unpickled but what
+``torch.load(weights_only=True)`` reads: tensors, numbers, strings and containers.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onebit.comm import agree
+from onebit.compress import InputError
+from onebit.optim.base import CompressedOptimizer
+from onebit.optim.elastic import reshard
+from onebit.optim.local_steps import RATE
+from onebit.optim.replicas import checksums
+from onebit.optim.state_keys import ALWAYS, PER_RANK_IN_INTERVAL, STEP
+
+VERSION = 1
+_NAME = re.compile(r"rank-(\d+)-of-(\d+)\.pt")
+_REMEDY = "Nothing was loaded. Every rank must load the same checkpoint, as one save of all ranks made it"
+
+
+def save(folder: str | os.PathLike[str], optimizer: CompressedOptimizer, **extra: Any) -> Path:
+    """Write this rank's file; every rank must, but none waits for another, so it works after a peer has died too.
+
+    The file replaces an older one only when it is whole, on the disk, and can be read.
+
+    Args:
+        folder: made if it is not there.
+        optimizer: whose ``state_dict()`` is saved.
+        extra: what else to save, such as ``model=model.state_dict()``: tensors, numbers, strings, containers of them.
+
+    Returns:
+        The file, such as ``folder/rank-00002-of-00008.pt``.
+
+    Raises:
+        InputError: `extra` has something that ``torch.load(weights_only=True)`` would refuse; an older file stays.
+        OSError, RuntimeError: the folder cannot be written, or the disk is full; an older file stays.
+    """
+    rank, size = optimizer.backend.rank, optimizer.backend.size
+    content = {"onebit": VERSION, "rank": rank, "world_size": size, "optimizer": optimizer.state_dict(), "extra": extra}
+    path = Path(folder) / f"rank-{rank:05d}-of-{size:05d}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _read(unfinished, mmap=True)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+    return path
+
+
+def load(folder: str | os.PathLike[str], optimizer: CompressedOptimizer) -> dict[str, Any]:
+    """Load what `save` wrote, on as many ranks or on another number; collective, and all ranks do it or none.
+
+    On as many ranks each reads its own file and goes on bit for bit. On another number each reads the files of all
+    ranks, which must then be in one folder; see `onebit.optim.elastic.reshard` for what is conserved.
+
+    Args:
+        folder: what `save` was given.
+        optimizer: made with the same parameter groups; changed in place.
+
+    Returns:
+        What `save` was given as `extra` by this rank, or by rank 0 if there was no such rank; tensors on the CPU.
+
+    Raises:
+        InputError: files are missing, truncated, damaged, of different saves, or do not fit; nothing was changed, on
+            any rank.
+        MismatchError: the same on the other ranks, or the ranks read checkpoints that are not of one save.
+        TransportError: a rank did not take part within the timeout; nothing was changed.
+    """
+    rank, size = optimizer.backend.rank, optimizer.backend.size
+    extra: dict[str, Any] = {}
+
+    def read() -> dict[str, Any]:
+        old, paths = _paths(Path(folder), rank, size)
+        if old == size:
+            content = _read_rank(paths[rank], rank, mmap=False)
+            extra.update(content["extra"])
+            return _checked(optimizer, content["optimizer"])
+        contents = [_read_rank(paths[name], name, mmap=True) for name in sorted(paths)]
+        states = [_checked(optimizer, content["optimizer"]) for content in contents]
+        extra.update(copy.deepcopy(contents[rank if rank < len(contents) else 0]["extra"]))
+        return copy.deepcopy(reshard(states, rank, size))  # the files are only mapped, and may be removed
+
+    resume(optimizer, read)
+    return extra
+
+
+def resume(optimizer: CompressedOptimizer, read: Callable[[], dict[str, Any]]) -> None:
+    """Load the state that `read` returns, once all ranks have one and they belong together; collective.
+
+    Raises:
+        InputError: `read` raised it, or its state does not fit.
+        MismatchError: another rank has raised it, or the ranks' states are not of one save.
+    """
+    state, refusal, facts = None, None, {}
+    try:
+        state = read()
+        optimizer.check_state_dict(state)
+        facts = _facts(state)
+    except InputError as error:
+        refusal = error
+    agree(optimizer.backend, "loading a checkpoint", facts, refusal, remedy=_REMEDY)
+    if state is not None:
+        optimizer.load_state_dict(state)
+
+
+def _checked(optimizer: CompressedOptimizer, state: dict[str, Any]) -> dict[str, Any]:
+    optimizer.check_state_dict(state)
+    return state
+
+
+def _facts(state: Mapping[str, Any]) -> dict[str, str]:
+    """What the states of all ranks must have in common."""
+    facts = {f"the step of group {g}": str(group.get(STEP)) for g, group in enumerate(state["param_groups"])}
+    tensors: dict[str, Tensor] = {}
+    for index, entry in state["state"].items():
+        for key in sorted(ALWAYS & entry.keys() - (PER_RANK_IN_INTERVAL if RATE in entry else set())):
+            name = f"{key} of parameter {index}"
+            if isinstance(entry[key], Tensor):
+                tensors[name] = entry[key]
+            else:
+                facts[name] = str(entry[key])
+    return {**facts, **dict(zip(tensors, checksums(list(tensors.values())), strict=True))}
+
+
+def _paths(folder: Path, rank: int, size: int) -> tuple[int, dict[int, Path]]:
+    """How many ranks have saved, and the files that this rank needs, by the rank that wrote them.
+
+    Raises:
+        InputError: there are none, not all, or those of several checkpoints.
+    """
+    who = f"rank {rank} of {size}: "
+    found: dict[int, dict[int, Path]] = {}
+    for path in folder.glob("rank-*.pt"):
+        match = _NAME.fullmatch(path.name)
+        if match is not None:
+            found.setdefault(int(match[2]), {})[int(match[1])] = path
+    if not found:
+        raise InputError(f"{who}{folder} holds no file that onebit.optim.checkpoint.save has written")
+    if len(found) > 1:
+        raise InputError(
+            f"{who}{folder} holds files of {' and of '.join(map(str, sorted(found)))} ranks; keep one folder per "
+            "checkpoint, or remove those that are not meant"
+        )
+    ((old, paths),) = found.items()
+    needed = [rank] if old == size else range(old)
+    missing = [name for name in needed if name not in paths]
+    if missing:
+        raise InputError(
+            f"{who}{folder} lacks the files of ranks {missing} of {old}"
+            + ("" if old == size else ", and for another number of ranks those of all must be in one folder")
+            + "; the save was not finished: take an older checkpoint"
+        )
+    return old, {name: paths[name] for name in needed}
+
+
+def _read_rank(path: Path, rank: int, *, mmap: bool) -> dict[str, Any]:
+    """The content of a file that a certain rank must have written."""
+    content = _read(path, mmap=mmap)
+    written = f"{content['rank']} of {content['world_size']}"
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    if written != f"{rank} of {int(match[2])}":
+        raise InputError(f"{path} was written by rank {written}; give it its name back, or take another checkpoint")
+    return content
+
+
+def _read(path: Path, *, mmap: bool) -> dict[str, Any]:
+    """Read a file without unpickling anything but tensors, numbers, strings and containers.
+
+    Raises:
+        InputError: it cannot be read so, or is not of `save`.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch.load raises whatever a damaged file leads to
+        raise InputError(
+            f"{path} cannot be read: {error}; it is damaged, or holds what weights_only refuses"
+        ) from error
+    keys = {"onebit", "rank", "world_size", "optimizer", "extra"}
+    if not isinstance(content, dict) or content.keys() != keys or content["onebit"] != VERSION:
+        raise InputError(f"{path} is not a checkpoint of version {VERSION}, as onebit.optim.checkpoint.save writes it")
+    return content
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the new name on the disk too, where the system lets folders be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
