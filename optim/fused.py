@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +11,12 @@ from torch import Tensor
 from onebit.comm import CompressedAllreduce, CompressedWork, Part
 from onebit.compress.kernels import DTYPES
 from onebit.optim.kernels import Momentum, StepKernels
+from onebit.optim.known import Known
 from onebit.optim.master import fp32_values
 
 States = Sequence[MutableMapping[str, Any]]
+Row = TypeVar("Row", Tensor, Tensor | None)
+Item = TypeVar("Item")
 
 
 class FusedMomentum:
@@ -32,7 +35,10 @@ class FusedMomentum:
         settles: steps after the first leave it to the device whether they are made.
         steps, variance_steps: (k,) fp32, counts of the k tensors that have elements, on their device.
         scalars: (k, 3) fp32; see `StepKernels.decode_update`.
+        shaped: what a state holds that has the shape of its parameter.
     """
+
+    shaped: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "master")
 
     def __init__(self, kernels: StepKernels, reduce: CompressedAllreduce, states: States) -> None:
         self.kernels = kernels
@@ -47,18 +53,16 @@ class FusedMomentum:
         self._payloads = {part.sent.data_ptr(): torch.zeros_like(part.sent) for part in reduce.parts}
         self._averaged = False
 
-    def exchange(
-        self, group: Mapping[str, Any], params: Sequence[Tensor], states: States, gradients: Sequence[Tensor | None]
-    ) -> FusedStep:
+    def exchange(self, group: Mapping[str, Any], known: Known, gradients: Sequence[Tensor | None]) -> FusedStep:
         """Send and receive one step; arguments as for `FusedStep`."""
         if not self._averaged:
-            self._take_over(states)
+            self._take_over(known.states)
         settles = self.settles and self._averaged  # else the host must know whether the momentum is still in fp32
-        return (SettlingStep if settles else FusedStep)(self, group, params, states, gradients)
+        return self._kind_of_step(settles)(self, group, known, gradients)
 
     def source(self, part: Part, states: States) -> Momentum:
         """The momentum that a step starts from."""
-        return self.payload(part) if self._averaged else [states[i]["exp_avg"] for i in part.used]
+        return self.payload(part) if self._averaged else of_part(part, [state["exp_avg"] for state in states])
 
     def payload(self, part: Part) -> Tensor:
         """Where the averaged momentum of a part is kept, as payloads."""
@@ -66,13 +70,18 @@ class FusedMomentum:
 
     def rows(self, part: Part) -> Tensor:
         """The rows of `scalars` that belong to a part's tensors."""
-        return self.scalars[self._row[part.used[0]] : self._row[part.used[-1]] + 1]
+        return self.scalars[self.first_row(part) : self._row[part.used[-1]] + 1]
+
+    def first_row(self, part: Part) -> int:
+        """Which row of `scalars` belongs to a part's first tensor."""
+        return self._row[part.used[0]]
 
     def keep(self, states: States) -> None:
         """From now on the payloads are the momentum."""
-        self._averaged = True
-        for state in states:
-            state.pop("exp_avg", None)
+        if not self._averaged:
+            self._averaged = True
+            for state in states:
+                del state["exp_avg"]
 
     def unfused(self, params: Sequence[Tensor], states: States) -> list[dict[str, Any]]:
         """Return the states as they would be without fused kernels: with ``exp_avg``, and the parameters' strides.
@@ -88,7 +97,7 @@ class FusedMomentum:
             for state, momentum in zip(whole, momenta, strict=True):
                 state["exp_avg"] = momentum
         for p, state in zip(params, whole, strict=True):
-            for key in ("exp_avg", "exp_avg_sq", "master"):
+            for key in self.shaped:
                 if key in state and state[key].stride() != p.stride():
                     state[key] = torch.empty_like(p, dtype=state[key].dtype).copy_(state[key])
         return whole
@@ -98,6 +107,9 @@ class FusedMomentum:
         for state, whole in zip(states, self.unfused(params, states), strict=True):
             state.update(whole)
         self._averaged = False
+
+    def _kind_of_step(self, settles: bool) -> type[FusedStep]:
+        return SettlingStep if settles else FusedStep
 
     def _take_over(self, states: States) -> None:
         """Start from states that others have written."""
@@ -114,30 +126,31 @@ class FusedStep:
     Args:
         average: the group's momentum.
         group: its options.
-        params: what is updated, one per tensor of the average.
-        states: their states.
-        gradients: this rank's own; None counts as zero. They must stay as they are until the step is over.
+        known: what is updated, one parameter per tensor of the average.
+        gradients: this rank's own, of the same parameters; None counts as zero. They must stay as they are until the
+            step is over.
     """
 
     def __init__(
         self,
         average: FusedMomentum,
         group: Mapping[str, Any],
-        params: Sequence[Tensor],
-        states: States,
+        known: Known,
         gradients: Sequence[Tensor | None],
     ) -> None:
         self._average = average
         self._kernels = average.kernels
         self._group = group
-        self._params = params
-        self._states = states
-        self._gradients = [None if g is None else _row_major(g) for g in gradients]
+        self._known = known
+        self._params = known.params
+        self._states = known.states
+        self._gradients = row_major(gradients)
         self._factors = self._local_factors()
         self._masters = self._fp32_copies()
-        self._values = [p if master is None else master for master, p in zip(self._masters, params, strict=True)]
+        self._values: Sequence[Tensor] = self._params
         if self._factors["l2"]:
-            self._values = [_row_major(value) for value in self._values]
+            pairs = zip(self._masters, self._params, strict=True)
+            self._values = row_major([p if master is None else master for master, p in pairs])
         self._work: CompressedWork = average.reduce.start_with(self._encode, self._undo_encode, overlap=False)
         self._work.finish()
 
@@ -151,7 +164,7 @@ class FusedStep:
 
     def commit(self) -> None:
         """Count the step and make it."""
-        torch._foreach_add_([state["step"] for state in self._states], 1.0)
+        self._known.count()
         self._update()
         self._work.accept()
 
@@ -166,7 +179,7 @@ class FusedStep:
             "l2": sign * coupled,  # a part of the gradient, and as that it takes the sign once more
         }
 
-    def _fp32_copies(self) -> list[Tensor | None]:
+    def _fp32_copies(self) -> Sequence[Tensor | None]:
         """What an update starts from and is written to in fp32, row-major; None: the parameter alone."""
         return _masters(self._params, self._states, self._group)
 
@@ -176,9 +189,12 @@ class FusedStep:
     def _undo_encode(self, part: Part, made: Tensor | None = None) -> None:
         self._kernels.undo_encode(part, *self._inputs(part), **self._factors, proceed=made)
 
-    def _inputs(self, part: Part) -> tuple[list[Tensor | None], Momentum, list[Tensor]]:
-        gradients = [self._gradients[i] for i in part.used]
-        return gradients, self._average.source(part, self._states), [self._values[i] for i in part.used]
+    def _inputs(self, part: Part) -> tuple[Sequence[Tensor | None], Momentum, Sequence[Tensor]]:
+        return of_part(part, self._gradients), self._momentum(part), of_part(part, self._values)
+
+    def _momentum(self, part: Part) -> Momentum:
+        """The momentum that the step starts from."""
+        return self._average.source(part, self._states)
 
     def _update(self, made: Tensor | None = None) -> None:
         """Count the time of `_move`."""
@@ -190,21 +206,22 @@ class FusedStep:
         """Move the parameters, unless `made` is false; the payloads become the momentum."""
         self._count(made)
         average = self._average
-        rows = [_row_major(p) for p in self._params]
+        rows, variances = row_major(self._params), [state["exp_avg_sq"] for state in self._states]
         for part in average.reduce.parts:
             self._kernels.decode_update(
                 part,
-                [rows[i] for i in part.used],
-                [self._masters[i] for i in part.used],
-                [self._states[i]["exp_avg_sq"] for i in part.used],
+                of_part(part, rows),
+                of_part(part, self._masters),
+                of_part(part, variances),
                 average.payload(part),
                 average.rows(part),
                 eps=self._group["eps"],
                 proceed=made,
             )
-        for p, row in zip(self._params, rows, strict=True):
-            if p is not row:
-                p.copy_(row)
+        if rows is not self._params:
+            for p, row in zip(self._params, rows, strict=True):
+                if p is not row:
+                    p.copy_(row)
         average.keep(self._states)
 
     def _count(self, made: Tensor | None) -> None:
@@ -245,8 +262,18 @@ def _masters(params: Sequence[Tensor], states: States, group: Mapping[str, Any])
     return masters
 
 
-def _row_major(tensor: Tensor) -> Tensor:
-    """The tensor, if its elements lie in order and in a dtype that kernels read; else a copy that is so."""
-    if tensor.dtype not in DTYPES:
-        tensor = tensor.float()
-    return tensor.contiguous()
+def row_major(tensors: Sequence[Row]) -> Sequence[Row]:
+    """The tensors, where their elements do not lie in order or in a dtype that kernels read as copies that do.
+
+    Returns:
+        The argument itself if there is nothing to copy.
+    """
+    here = [t for t in tensors if t is not None]
+    if all(map(Tensor.is_contiguous, here)) and {t.dtype for t in here}.issubset(DTYPES):
+        return tensors
+    return [t if t is None else (t if t.dtype in DTYPES else t.float()).contiguous() for t in tensors]
+
+
+def of_part(part: Part, items: Sequence[Item]) -> Sequence[Item]:
+    """Those of the tensors of an average that a part uses."""
+    return items if len(part.used) == len(items) else [items[i] for i in part.used]

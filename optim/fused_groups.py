@@ -14,6 +14,7 @@ from onebit.optim.base import CompressedOptimizer
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.fused import FusedMomentum
 from onebit.optim.kernels import step_kernels
+from onebit.optim.known import Known
 from onebit.optim.moments import dead_masks
 
 
@@ -24,6 +25,7 @@ class FusedGroups(CompressedOptimizer):
         self._fused: WeakKeyDictionary[GroupReducers, FusedMomentum] = WeakKeyDictionary()
         self._dead: WeakKeyDictionary[GroupReducers, list[Tensor] | None] = WeakKeyDictionary()
         self._told: WeakSet[GroupReducers] = WeakSet()  # whose average knows what is dead
+        self._looked_up: dict[int, Known] = {}  # by the identity of a group's list of parameters
         super().__init__(params, defaults, **options)
 
     @property
@@ -48,14 +50,15 @@ class FusedGroups(CompressedOptimizer):
         return packed
 
     def _count_made(self, group: dict[str, Any]) -> None:
-        _, states = self._known(group)
-        if states:
-            torch._foreach_add_([s["step"] for s in states], 1.0)
+        self._known(group).count()
 
-    def _known(self, group: Mapping[str, Any]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    def _known(self, group: Mapping[str, Any]) -> Known:
         """The parameters of a group that have a variance, and their states."""
-        params = [p for p in group["params"] if "exp_avg_sq" in self.state.get(p, {})]
-        return params, [self.state[p] for p in params]
+        params = group["params"]
+        known = self._looked_up.get(id(params))
+        if known is None or not known.still(params, self.state):
+            known = self._looked_up[id(params)] = Known(params, self.state)
+        return known
 
     def _dead_of(self, reducers: GroupReducers, variances: Sequence[Tensor]) -> list[Tensor] | None:
         """Masks of the entries whose variance is 0, remembered until `_forget_dead`, and told to the average."""
@@ -78,7 +81,8 @@ class FusedGroups(CompressedOptimizer):
     def _unfuse(self, group: Mapping[str, Any], reducers: GroupReducers) -> None:
         """Have the momentum in the states, in fp32; the next fused step starts from there."""
         if reducers in self._fused:
-            self._fused[reducers].release(*self._known(group))
+            known = self._known(group)
+            self._fused[reducers].release(known.params, known.states)
 
     def _average_of(self, reducers: GroupReducers, variances: Sequence[Tensor]) -> CompressedAllreduce:
         """The compressed average of tensors like `variances`, without what is dead; it keeps a bit of each entry."""
@@ -89,25 +93,24 @@ class FusedGroups(CompressedOptimizer):
         return reduce
 
     def _fused_step(
-        self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
+        self, group: Mapping[str, Any], reducers: GroupReducers, known: Known, gradients: Sequence[Tensor | None]
     ) -> Exchange | None:
         """1-bit Adam's compressed step by fused kernels; None: there are none, or nothing to average.
 
         Args:
-            gradients: of the parameters that have a variance.
+            known: what `_known` gives.
+            gradients: of these parameters.
         """
-        params, states = self._known(group)
-        momentum = self._fused_momentum(reducers, params, states)
-        return None if momentum is None else momentum.exchange(group, params, states, gradients)
+        momentum = self._fused_momentum(reducers, known)
+        return None if momentum is None else momentum.exchange(group, known, gradients)
 
-    def _fused_momentum(
-        self, reducers: GroupReducers, params: Sequence[Tensor], states: Sequence[dict[str, Any]]
-    ) -> FusedMomentum | None:
+    def _fused_momentum(self, reducers: GroupReducers, known: Known) -> FusedMomentum | None:
         """What makes fused steps of parameters that have a variance; None: no kernels, or nothing to average."""
-        reduce = self._average_of(reducers, [s["exp_avg_sq"] for s in states])
-        if reducers not in self._fused:
-            kernels = step_kernels(params[0].device, self._codec) if reduce.parts else None
+        reduce = self._average_of(reducers, [s["exp_avg_sq"] for s in known.states])
+        fused = self._fused.get(reducers)
+        if fused is None:
+            kernels = step_kernels(known.params[0].device, self._codec) if reduce.parts else None
             if kernels is None:
                 return None
-            self._fused[reducers] = FusedMomentum(kernels, reduce, states)
-        return self._fused[reducers]
+            fused = self._fused[reducers] = FusedMomentum(kernels, reduce, known.states)
+        return fused

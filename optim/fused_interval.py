@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Part
-from onebit.optim.fused import FusedMomentum, FusedStep, States
+from onebit.optim.fused import FusedMomentum, FusedStep, of_part
+from onebit.optim.kernels import Momentum
+from onebit.optim.known import Known
 from onebit.optim.local_steps import MEAN, START, Reach, end, starts_of
 
 
@@ -20,7 +22,7 @@ class FusedInterval(FusedStep):
     then it has the form of a local momentum, which the kernel encodes. For the update a start is what a master is.
 
     Args:
-        average, group, params, states, gradients: as for `FusedStep`; weight decay is decoupled.
+        average, group, known, gradients: as for `FusedStep`; weight decay is decoupled.
         reach: this step included, with one share for all parameters.
     """
 
@@ -28,11 +30,11 @@ class FusedInterval(FusedStep):
         self,
         average: FusedMomentum,
         group: Mapping[str, Any],
-        params: Sequence[Tensor],
-        states: States,
+        known: Known,
         gradients: Sequence[Tensor | None],
         reach: Reach,
     ) -> None:
+        states = known.states
         for state in states:
             for key in (MEAN, START, "master"):
                 if key in state:
@@ -42,7 +44,7 @@ class FusedInterval(FusedStep):
         share, beta1 = reach.shares[0], group["betas"][0]
         self._rest = list(torch._foreach_mul([s["exp_avg"] for s in states], share * beta1))
         torch._foreach_add_(self._rest, [s[MEAN] for s in states], alpha=1 - share)
-        super().__init__(average, group, params, states, gradients)
+        super().__init__(average, group, known, gradients)
 
     def _local_factors(self) -> dict[str, Any]:
         factors = super()._local_factors()
@@ -51,9 +53,8 @@ class FusedInterval(FusedStep):
     def _fp32_copies(self) -> list[Tensor | None]:
         return list(starts_of(self._states))
 
-    def _inputs(self, part: Part) -> tuple[list[Tensor | None], list[Tensor], list[Tensor]]:
-        gradients = [self._gradients[i] for i in part.used]
-        return gradients, [self._rest[i] for i in part.used], [self._values[i] for i in part.used]
+    def _momentum(self, part: Part) -> Momentum:
+        return of_part(part, self._rest)
 
     def _count(self, made: Tensor | None) -> None:
         reach, filled = self._reach, self._average._filled

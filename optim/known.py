@@ -1,16 +1,71 @@
-"""Which parameters of a group take part once warm-up is over."""
+"""Which parameters of a group take part once warm-up is over, and their states, looked up once for many steps."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from onebit.optim.exchange import GroupReducers
 
 _log = logging.getLogger(__name__)
+
+
+class Known:
+    """The parameters of a group that warm-up has made a variance for; the others are left alone.
+
+    To look up and to count hundreds of small tensors one by one takes longer than to launch a whole step. So this is
+    kept from step to step, `still` tells whether it is right, and ``step`` of the states are made views of one tensor.
+
+    Args:
+        params: of the group.
+        states: of the optimizer.
+
+    Attributes:
+        indices: of the parameters, in the group.
+        params: the parameters.
+        states: their states.
+    """
+
+    def __init__(self, params: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
+        self._all = list(params)
+        self._found = [states.get(p) for p in params]
+        self.indices = [i for i, state in enumerate(self._found) if _has_variance(state)]
+        self._others = [i for i, state in enumerate(self._found) if not _has_variance(state)]
+        self.params = [params[i] for i in self.indices]
+        self.states = [states[p] for p in self.params]
+        self._counts = torch.tensor([float(state["step"]) for state in self.states])
+        self._views = [self._counts[row] for row in range(len(self.states))]
+        for state, view in zip(self.states, self._views, strict=True):
+            state["step"] = view
+
+    def still(self, params: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether it is what would be made of these, with the same objects in the same places."""
+        return (
+            len(params) == len(self._all)
+            and all(map(is_, params, self._all))
+            and all(map(is_, map(states.get, params), self._found))
+            and all(map(is_, [state.get("step") for state in self.states], self._views))
+            and not any(_has_variance(self._found[i]) for i in self._others)
+        )
+
+    def count(self) -> None:
+        """Each of the parameters has made one more step."""
+        self._counts.add_(1.0)
+
+    def of(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Those of the parameters, of the gradients of the whole group."""
+        return [gradients[i] for i in self.indices] if self._others else gradients
+
+    def warn_of_others(self, gradients: Sequence[Tensor | None], reducers: GroupReducers) -> None:
+        """Say once what to do about a parameter that is left alone, when it first has a gradient on this rank."""
+        late = [i for i in self._others if gradients[i] is not None]
+        if late:
+            _warn(late, reducers)
 
 
 def known_indices(
@@ -19,17 +74,23 @@ def known_indices(
     states: Mapping[Tensor, Any],
     reducers: GroupReducers,
 ) -> list[int]:
-    """The indices of parameters that warm-up has made a variance for; the others are left alone.
-
-    The first time that one of the others has a gradient on this rank, a warning says what to do about it.
-    """
-    known = [i for i, p in enumerate(params) if "step" in states.get(p, {})]
+    """The indices of parameters that warm-up has made a variance for; it warns of the others as `Known` does."""
+    known = [i for i, p in enumerate(params) if _has_variance(states.get(p))]
     late = sorted({i for i, g in enumerate(gradients) if g is not None} - set(known))
-    if late and reducers.first_warning():
+    if late:
+        _warn(late, reducers)
+    return known
+
+
+def _has_variance(state: Mapping[str, Any] | None) -> bool:
+    return state is not None and "exp_avg_sq" in state
+
+
+def _warn(late: Sequence[int], reducers: GroupReducers) -> None:
+    if reducers.first_warning():
         _log.warning(
             "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them and "
             "they are not updated; give them to add_param_group, where they make a warm-up of their own",
             reducers.backend.rank,
             late,
         )
-    return known

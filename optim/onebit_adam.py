@@ -16,7 +16,6 @@ from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, measure, observe, warn_if_too_late
 from onebit.optim.fused_groups import FusedGroups
-from onebit.optim.known import known_indices
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, decay, local_momenta, wanted
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step
@@ -139,7 +138,7 @@ class OnebitAdam(FusedGroups):
         phase = _phase(group, group["step"])
         if phase == "compressed":
             frozen = _Frozen(self, group, reducers)
-            fused = self._fused_step(group, reducers, frozen.own_gradients())
+            fused = self._fused_step(group, reducers, frozen.known, frozen.own_gradients)
             return _Compressed(self, frozen, reducers) if fused is None else fused
         self._unfuse(group, reducers)
         self._forget_dead(reducers)
@@ -228,18 +227,16 @@ class _Frozen:
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self.group = group
         self.gradients = optimizer._gradients(group)
-        self.indices = known_indices(group["params"], self.gradients, optimizer.state, reducers)
-        self.params = [group["params"][i] for i in self.indices]
-        self.states = [optimizer.state[p] for p in self.params]
+        self.known = optimizer._known(group)
+        self.known.warn_of_others(self.gradients, reducers)
+        self.own_gradients = self.known.of(self.gradients)
+        self.params, self.states = self.known.params, self.known.states
 
     def momenta(self) -> list[Tensor]:
         return [s["exp_avg"] for s in self.states]
 
     def variances(self) -> list[Tensor]:
         return [s["exp_avg_sq"] for s in self.states]
-
-    def own_gradients(self) -> list[Tensor | None]:
-        return [self.gradients[i] for i in self.indices]
 
     def values(self) -> list[Tensor]:
         return fp32_values(self.params, self.states, self.group)
@@ -255,7 +252,7 @@ class _Compressed:
     def __init__(self, optimizer: OnebitAdam, frozen: _Frozen, reducers: GroupReducers) -> None:
         self._frozen = frozen
         reduce = optimizer._average_of(reducers, frozen.variances())  # like the momenta
-        local = local_momenta(frozen.momenta(), frozen.own_gradients(), frozen.values(), frozen.group)
+        local = local_momenta(frozen.momenta(), frozen.own_gradients, frozen.values(), frozen.group)
         self._work: CompressedWork = reduce.start(local)
         self._work.finish()
 
@@ -285,8 +282,9 @@ class _Refresh:
 
     def commit(self) -> None:
         frozen, mean, every = self._frozen, self._mean, self._frozen.group["variance_refresh"]
-        means = [mean.means[i] for i in frozen.indices]
-        _take_in(frozen.group, frozen.params, frozen.states, means, [every * mean.present[i] for i in frozen.indices])
+        indices = frozen.known.indices
+        means, ages = [mean.means[i] for i in indices], [every * mean.present[i] for i in indices]
+        _take_in(frozen.group, frozen.params, frozen.states, means, ages)
         frozen.update()
 
 

@@ -18,7 +18,7 @@ from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.fused_interval import FusedInterval
 from onebit.optim.fused_local import FusedLocal
-from onebit.optim.known import known_indices
+from onebit.optim.known import Known
 from onebit.optim.local_steps import (
     KEPT,
     MEAN,
@@ -162,7 +162,7 @@ class ZeroOneAdam(FusedGroups):
             TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
         """
         for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
-            if is_open(self._known(group)[1]):
+            if is_open(self._known(group).states):
                 exchange = _Sync(self, group, reducers, steps=0)
                 exchange.commit()
 
@@ -188,47 +188,49 @@ class ZeroOneAdam(FusedGroups):
         return len({_kind(group, group["step"] + made) for made in range(unknown + 1)}) > 1
 
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
-        kind, within = _kind(group, group["step"]), is_open(self._known(group)[1])
+        known = self._known(group)
+        kind, within = _kind(group, group["step"]), is_open(known.states)
         if kind == "sync" and self.backend.size > 1:
             make = self._fused_interval if within else self._fused_step
-            fused = make(group, reducers, self._known_gradients(group, reducers))
+            fused = make(group, reducers, known, self._known_gradients(group, reducers))
             if fused is not None:
                 return fused
         self._unfuse(group, reducers)
         if kind == "variance" and not within:
             return _Variance(self, group, reducers)
         if kind == "local" and self.backend.size > 1:
-            fits = FusedLocal.can(*self._known(group), group, self._codec)
+            fits = FusedLocal.can(known.params, known.states, group, self._codec)
             return (_FusedLocal if fits else _Local)(self, group, reducers)
         return _Sync(self, group, reducers)
 
     def _fused_interval(
-        self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
+        self, group: Mapping[str, Any], reducers: GroupReducers, known: Known, gradients: Sequence[Tensor | None]
     ) -> Exchange | None:
         """The step that ends an interval, by fused kernels; None: there are none, or none for these options."""
-        params, states = self._known(group)
-        reach = Reach.of(states, group)
+        reach = Reach.of(known.states, group)
         coupled = not group["adamw_mode"] and group["weight_decay"]
         if coupled or len(set(reach.shares)) != 1:
             return None
-        momentum = self._fused_momentum(reducers, params, states)
-        return None if momentum is None else FusedInterval(momentum, group, params, states, gradients, reach)
+        momentum = self._fused_momentum(reducers, known)
+        return None if momentum is None else FusedInterval(momentum, group, known, gradients, reach)
 
     def _renew(self, reducers: GroupReducers) -> None:
         super()._renew(reducers)
         self._locals.pop(reducers, None)
 
-    def _known_gradients(self, group: Mapping[str, Any], reducers: GroupReducers) -> list[Tensor | None]:
+    def _known_gradients(self, group: Mapping[str, Any], reducers: GroupReducers) -> Sequence[Tensor | None]:
         """This rank's gradients of the parameters that have a variance; until the freeze others may get one."""
-        gradients = self._gradients(group)
-        listened = gradients if group["step"] >= group["var_freeze_step"] else []
-        return [gradients[i] for i in known_indices(group["params"], listened, self.state, reducers)]
+        gradients, known = self._gradients(group), self._known(group)
+        if group["step"] >= group["var_freeze_step"]:
+            known.warn_of_others(gradients, reducers)
+        return known.of(gradients)
 
     def _advance(
         self, group: Mapping[str, Any], reducers: GroupReducers, reach: Reach
     ) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's next momenta, β₁·m + (1-β₁)·gᵢ, and their mean over the interval, in new tensors; 0 if dead."""
-        params, states = self._known(group)
+        known = self._known(group)
+        params, states = known.params, known.states
         gradients = self._known_gradients(group, reducers)
         values = [p.float() for p in params] if is_open(states) else fp32_values(params, states, group)
         momenta = local_momenta([s["exp_avg"] for s in states], gradients, values, group)
@@ -310,7 +312,8 @@ class _Local:
     def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self._optimizer = optimizer
         self._group = group
-        self._params, self._states = optimizer._known(group)
+        known = optimizer._known(group)
+        self._params, self._states = known.params, known.states
         self._reach = Reach.of(self._states, group)
         self._momenta, self._means = optimizer._advance(group, reducers, self._reach)
         self._taken = bool(all_finite(self._means))
@@ -354,7 +357,8 @@ class _FusedLocal:
         self._optimizer = optimizer
         self._group = group
         self._reducers = reducers
-        self._params, self._states = optimizer._known(group)
+        known = optimizer._known(group)
+        self._params, self._states = known.params, known.states
         self._gradients = optimizer._known_gradients(group, reducers)
 
     def all_finite(self) -> Tensor:
@@ -380,7 +384,8 @@ class _Sync:
     ) -> None:
         self._group = group
         self._steps = steps
-        self._params, self._states = optimizer._known(group)
+        known = optimizer._known(group)
+        self._params, self._states = known.params, known.states
         states = self._states
         self._reach = Reach.of(states, group, steps=steps)
         means = optimizer._advance(group, reducers, self._reach)[1] if steps else [s[MEAN] for s in states]

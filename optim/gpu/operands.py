@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from onebit.compress.gpu.pointers import Pointers
-from onebit.compress.gpu.tables import fast_and_masked
 from onebit.compress.layout import Layout
+from onebit.compress.masks import masked_blocks
 from onebit.optim.gpu.blocks import Group, groups
 
 TYPES = ("f32", "bf16", "f16")  # numbered as `Type` in momentum.cu
@@ -25,7 +25,7 @@ class Operand:
 
     Attributes:
         pointers: their addresses on the device.
-        version: grows with every change.
+        version: grows with every change of what stands below.
         types: (k,) int64, numbers of TYPES; a tensor that is not there has that of the first one that is.
         present: (k,) int64, 1 or 0.
         aligned: (k,) bool, addresses are multiples of 16.
@@ -45,15 +45,20 @@ class Operand:
 
     def send(self, tensors: Sequence[Tensor | None], fp32: bool) -> None:
         """Tell the device of these tensors, all of them fp32 or any, if they are not the ones it knows."""
-        dtypes = self._dtypes if fp32 and self.version else [None if t is None else t.dtype for t in tensors]
-        if not self.pointers.update(tensors) and self.version and dtypes == self._dtypes:
-            return
-        self.version += 1
-        self._dtypes = dtypes
-        absent = next((_NUMBERS[d] for d in dtypes if d is not None), 0)
-        self.types = np.array([absent if d is None else _NUMBERS[d] for d in dtypes], np.int64)
-        self.present = np.array([t is not None for t in tensors], np.int64)
-        self.aligned = np.array([t is None or t.data_ptr() % 16 == 0 for t in tensors], np.bool_)
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        moved = self.pointers.send(addresses) or not self.version
+        dtypes = self._dtypes if fp32 and not moved else [None if t is None else t.dtype for t in tensors]
+        if moved:
+            aligned = np.array(addresses, np.int64) % 16 == 0
+            if not np.array_equal(aligned, self.aligned):
+                self.aligned = aligned
+                self.version += 1
+        if dtypes != self._dtypes:
+            absent = next((_NUMBERS[d] for d in dtypes if d is not None), 0)
+            self.types = np.array([absent if d is None else _NUMBERS[d] for d in dtypes], np.int64)
+            self.present = np.array([d is not None for d in dtypes], np.int64)
+            self._dtypes = dtypes
+            self.version += 1
 
 
 def operand(
@@ -85,11 +90,11 @@ def sorted_blocks(
 
     Args:
         operands: those whose addresses the fast kernels need aligned.
-        plain: nothing else keeps the fast kernels from these blocks.
+        plain: nothing but a mask keeps the fast kernels from these blocks.
         kinds: gives each tensor's kind.
         mask: of the layout, as the codec takes it.
     """
-    plain, masked = fast_and_masked(layout, mask, plain)
+    masked = masked_blocks(mask, layout)
     key, known = ("sorted", purpose, device), (plain, masked, *[o.version for o in operands])
     kept: tuple[tuple[object, ...], tuple[Group, ...]] | None = layout.cache.get(key)
     if kept is None or kept[0] != known:
