@@ -18,7 +18,7 @@ from onebit.compress.reference import pack_bits
 
 @dataclass(frozen=True, eq=False)
 class MaskedBlocks:
-    """What is known of a mask block by block, as long as the mask lives.
+    """What is known of a mask block by block; tables may be kept by it, for it lives as long as the mask.
 
     Attributes:
         block_size: elements per block.
@@ -44,7 +44,7 @@ def pack_mask(masks: Sequence[Tensor], layout: Layout) -> Tensor | None:
 
     Returns:
         (layout.padded_numel / 8,) uint8 for `mask=` of the codec, or None when no element of the layout is taken out.
-        This tensor itself, not a copy, lets the GPU's fast kernels take all blocks that it leaves whole.
+        Only of this tensor itself is it known which blocks it leaves whole, and no copy.
 
     Raises:
         InputError: a mask is not bool or has too few elements.
@@ -67,12 +67,18 @@ def pack_mask(masks: Sequence[Tensor], layout: Layout) -> Tensor | None:
     return packed
 
 
-def masked_blocks(mask: Tensor, layout: Layout) -> MaskedBlocks | None:
-    """What is known of a mask's blocks; None unless `pack_mask` made it in such blocks and nobody has written to it.
+def masked_blocks(mask: Tensor | None, layout: Layout) -> MaskedBlocks | None:
+    """Which blocks a mask leaves whole; None without a mask: all.
 
-    Does not wait for the device.
+    Without waiting for the device that is known of what `pack_mask` has made and nobody has written to since; of any
+    other mask it is said that it leaves no block whole.
     """
-    known = _known.get(mask)
-    if known is None or known.version != mask._version:
+    if mask is None:
         return None
-    return known if (known.block_size, len(known.clean)) == (layout.block_size, layout.blocks) else None
+    known = _known.get(mask)
+    shape = (layout.block_size, layout.blocks)
+    if known is None or known.version != mask._version or (known.block_size, len(known.clean)) != shape:
+        if "no clean block" not in layout.cache:
+            layout.cache["no clean block"] = MaskedBlocks(layout.block_size, np.zeros(layout.blocks, np.bool_), 0)
+        known = layout.cache["no clean block"]
+    return known

@@ -1,43 +1,54 @@
-// The operators on blocks of 1024 real elements at aligned addresses, each with a scale of its own.
+// The operators on blocks of 1024 real elements at aligned addresses, each with a scale of its own; kernels named _masked
+// are for those of which some element takes no part.
 #include "full.cuh"
 
 constexpr int BYTES = TILE / 8;  // of signs per block
 
-template <typename T>
+template <typename T, bool MASKED>
 __device__ __forceinline__ void encode_full(
-    const Entry* entries, i64 n, float* residual, u8* out, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, bool squared) {
+    const Entry* entries, i64 n, float* residual, const u8* mask, u8* out, i64 chunk_blocks, i64 bits_bytes,
+    i64 payload_bytes, bool squared) {
     int lane = threadIdx.x & 31;
     for (i64 warp = warp_index(); warp < n; warp += all_warps()) {
         Entry entry = entries[warp];
         const typename T::raw* x = reinterpret_cast<const typename T::raw*>(entry.address);
         float* r = residual + (i64)entry.block * TILE;
         float c[32], old[32];
+        u32 masked = mask_word<MASKED>(mask, entry.block, lane);
 #pragma unroll
         for (int row = 0; row < ROWS; row++) load4(T(), x + 128 * row + 4 * lane, c + 4 * row);
 #pragma unroll
         for (int row = 0; row < ROWS; row++) load4(f32(), r + 128 * row + 4 * lane, old + 4 * row);
 #pragma unroll
         for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], old[i]);
+        u32 live = live_of_word<MASKED>(masked, lane);
+        if (MASKED) clear_masked(c, live);
         int chunk = entry.block / (int)chunk_blocks;
         int index = entry.block - chunk * (int)chunk_blocks;
         u8* payload = out + chunk * payload_bytes;
-        finish(c, r, payload + (i64)index * BYTES, reinterpret_cast<float*>(payload + bits_bytes) + index, squared, lane);
+        float* scale = reinterpret_cast<float*>(payload + bits_bytes) + index;
+        finish<MASKED>(c, r, payload + (i64)index * BYTES, scale, squared, lane, live);
     }
 }
 
-#define ENCODE(T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS) encode_full_##T(                                         \
-        const Entry* entries, i64 n, float* residual, u8* out, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, \
-        i64 squared) {                                                                                         \
-        encode_full<T>(entries, n, residual, out, chunk_blocks, bits_bytes, payload_bytes, squared != 0);      \
+#define ENCODE(NAME, T, MASKED)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                                  \
+        const Entry* entries, i64 n, float* residual, const u8* mask, u8* out, i64 chunk_blocks, i64 bits_bytes, \
+        i64 payload_bytes, i64 squared) {                                                                        \
+        encode_full<T, MASKED>(                                                                                  \
+            entries, n, residual, mask, out, chunk_blocks, bits_bytes, payload_bytes, squared != 0);             \
     }
-ENCODE(f32)
-ENCODE(bf16)
-ENCODE(f16)
+ENCODE(encode_full_f32, f32, false)
+ENCODE(encode_full_bf16, bf16, false)
+ENCODE(encode_full_f16, f16, false)
+ENCODE(encode_masked_f32, f32, true)
+ENCODE(encode_masked_bf16, bf16, true)
+ENCODE(encode_masked_f16, f16, true)
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) reduce_encode_full(
-    const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, u8* out, i64 chunk_blocks, i64 bits_bytes,
-    i64 payload_bytes, i64 squared) {
+template <bool MASKED>
+__device__ __forceinline__ void reduce_encode(
+    const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, const u8* mask, u8* out, i64 chunk_blocks,
+    i64 bits_bytes, i64 payload_bytes, bool squared) {
     int lane = threadIdx.x & 31;
     i64 warp = warp_index();
     if (warp >= n) return;
@@ -46,6 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) reduce_encode_full(
         if (warp + all_warps() < n) next = entries[warp + all_warps()].block % (int)chunk_blocks;
         float* r = residual + (i64)block * TILE;
         float c[32];
+        u32 masked = mask_word<MASKED>(mask, block, lane);
         const u32* words = reinterpret_cast<const u32*>(payloads + (i64)block * BYTES) + word_of_lane(lane);
         const float* scales = reinterpret_cast<const float*>(payloads + bits_bytes) + block;
         i64 stride = payload_bytes / 4;
@@ -72,10 +84,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) reduce_encode_full(
         for (int row = 0; row < ROWS; row++) load4(f32(), r + 128 * row + 4 * lane, old + 4 * row);
 #pragma unroll
         for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], old[i]);
+        u32 live = live_of_word<MASKED>(masked, lane);
+        if (MASKED) clear_masked(c, live);
         float* scale = reinterpret_cast<float*>(out + bits_bytes) + block;
-        finish(c, r, out + (i64)block * BYTES, scale, squared != 0, lane);
+        finish<MASKED>(c, r, out + (i64)block * BYTES, scale, squared, lane, live);
     }
 }
+
+#define REDUCE(NAME, MASKED)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, MASKED ? 3 : 4) NAME(                               \
+        const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, const u8* mask, u8* out, \
+        i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, i64 squared) {                                   \
+        reduce_encode<MASKED>(payloads, ranks, entries, n, residual, mask, out, chunk_blocks, bits_bytes,     \
+            payload_bytes, squared != 0);                                                                     \
+    }
+REDUCE(reduce_encode_full, false)
+REDUCE(reduce_encode_masked, true)
 
 // A warp takes two blocks at a time: writing one hides the wait for the next one's few bytes.
 template <typename T>

@@ -24,20 +24,22 @@ def encode(
 ) -> None:
     """As `reference.encode`."""
     plain = residual is not None and residual.data_ptr() % 16 == 0
-    full, others = entries(layout, tensors, out.device, mask, plain)
-    dtype = _dtype(tensors)
-    if full.n:
-        arguments = (full.address, full.n, _address(residual), out.data_ptr(), *_sizes(layout), squared)
-        launch("full.cu", f"encode_full_{dtype}", out.device, 32 * full.n, *arguments)
+    split = entries(layout, tensors, out.device, mask, plain)
+    rest, dtype = split.rest, _dtype(tensors)
+    for blocks, kernel in ((split.full, "encode_full"), (split.masked, "encode_masked")):
+        if blocks.n:
+            buffers = (_address(residual), _address(mask), out.data_ptr())
+            arguments = (blocks.address, blocks.n, *buffers, *_sizes(layout), squared)
+            launch("full.cu", f"{kernel}_{dtype}", out.device, 32 * blocks.n, *arguments)
 
     def run(stage: int, sums: int) -> None:
-        arguments = (others.address, others.n, _address(residual), _address(mask), out.data_ptr(), sums)
+        arguments = (rest.address, rest.n, _address(residual), _address(mask), out.data_ptr(), sums)
         shape = (*_sizes(layout), layout.block_size, squared, stage)
-        launch("sign.cu", f"encode_{dtype}", out.device, 32 * others.n, *arguments, *shape)
+        launch("sign.cu", f"encode_{dtype}", out.device, 32 * rest.n, *arguments, *shape)
 
     if layout.shared_scale:
         in_two_visits(run, layout.blocks, out, layout, squared, None)
-    elif others.n:
+    elif rest.n:
         run(_FUSED, 0)
 
 
@@ -52,21 +54,23 @@ def reduce_encode(
 ) -> None:
     """As `reference.reduce_encode`."""
     plain = residual is not None and residual.data_ptr() % 16 == 0
-    full, others = chunk_entries(layout, chunk, out.device, mask, plain)
-    source = (payloads.data_ptr(), payloads.shape[0])
-    if full.n:
-        arguments = (full.address, full.n, _address(residual), out.data_ptr(), *_sizes(layout), squared)
-        launch("full.cu", "reduce_encode_full", out.device, 32 * full.n, *source, *arguments)
+    split = chunk_entries(layout, chunk, out.device, mask, plain)
+    source, rest = (payloads.data_ptr(), payloads.shape[0]), split.rest
+    masked = 0 if mask is None else mask.data_ptr() + chunk * layout.chunk_numel // 8
+    buffers = (_address(residual), masked, out.data_ptr())
+    for blocks, kernel in ((split.full, "reduce_encode_full"), (split.masked, "reduce_encode_masked")):
+        if blocks.n:
+            arguments = (blocks.address, blocks.n, *buffers, *_sizes(layout), squared)
+            launch("full.cu", kernel, out.device, 32 * blocks.n, *source, *arguments)
 
     def run(stage: int, sums: int) -> None:
-        masked = 0 if mask is None else mask.data_ptr() + chunk * layout.chunk_numel // 8
-        arguments = (others.address, others.n, _address(residual), masked, out.data_ptr(), sums)
+        arguments = (rest.address, rest.n, *buffers, sums)
         shape = (*_sizes(layout), layout.block_size, squared, stage)
-        launch("sign.cu", "reduce_encode", out.device, 32 * others.n, *source, *arguments, *shape)
+        launch("sign.cu", "reduce_encode", out.device, 32 * rest.n, *source, *arguments, *shape)
 
     if layout.shared_scale:
         in_two_visits(run, layout.chunk_blocks, out, layout, squared, chunk)
-    elif others.n:
+    elif rest.n:
         run(_FUSED, 0)
 
 
@@ -80,7 +84,7 @@ def undo_reduce(
     keep: Tensor | None,
 ) -> None:
     """As `reference.undo_reduce`."""
-    _, blocks = chunk_entries(layout, chunk, out.device, mask, plain=False)
+    blocks = chunk_entries(layout, chunk, out.device, None, plain=False).others
     masked = 0 if mask is None else mask.data_ptr() + chunk * layout.chunk_numel // 8
     arguments = (blocks.address, blocks.n, residual.data_ptr(), masked, out.data_ptr(), _address(keep))
     source = (payloads.data_ptr(), payloads.shape[0])
@@ -103,8 +107,8 @@ def all_finite(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
 
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
     """As `reference.decode`."""
-    full, others = entries(layout, tensors, payloads.device, mask, plain=True)
-    dtype = _dtype(tensors)
+    split, dtype = entries(layout, tensors, payloads.device, mask), _dtype(tensors)
+    full, others = split.full, split.others
     if full.n:
         arguments = (payloads.data_ptr(), full.address, full.n, *_sizes(layout))
         launch("full.cu", f"decode_full_{dtype}", payloads.device, 16 * full.n, *arguments)

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,14 +34,31 @@ class Entries:
     address: int
 
 
+@dataclass(frozen=True)
+class Split:
+    """The blocks of one operation by the kernels that suit them.
+
+    Attributes:
+        full: those of FULL_BLOCK real elements at aligned addresses that all take part, with a scale of their own.
+        others: all others, padding included.
+        masked: the first of these: the same as `full` but for some elements that take no part.
+        rest: what comes after `masked`.
+    """
+
+    full: Entries
+    others: Entries
+    masked: Entries
+    rest: Entries
+
+
 def entries(
-    layout: Layout, tensors: Sequence[Tensor], device: torch.device, mask: Tensor | None, plain: bool
-) -> tuple[Entries, Entries]:
-    """The blocks of these tensors that the fast kernels may take (none unless `plain`), and the others."""
-    plain, masked = fast_and_masked(layout, mask, plain)
+    layout: Layout, tensors: Sequence[Tensor], device: torch.device, mask: Tensor | None, plain: bool = True
+) -> Split:
+    """The blocks of these tensors; unless `plain`, none is for the fast kernels."""
+    masked = masked_blocks(mask, layout)
     addresses = tuple([t.data_ptr() for t in tensors])
     key = (plain, tensors[0].dtype if tensors else None, addresses)
-    kept: dict[object, tuple[Entries, Entries]] = tables_of(layout, masked).setdefault(("entries", device), {})
+    kept: dict[object, Split] = tables_of(layout, masked).setdefault(("entries", device), {})
     made = kept.get(key)
     if made is None:
         _make_room(kept)
@@ -48,40 +66,22 @@ def entries(
         bases = torch.tensor(addresses or (0,), dtype=torch.int64, device=device)
         size = tensors[0].element_size() if tensors else 0
         address = bases[tensor] + size * offset
-        suited = address % 16 == 0
-        if masked is not None:
-            suited &= torch.from_numpy(masked.clean).to(device)
-        made = kept[key] = _split(layout, address, low, plain, suited)
+        suited = (address % 16 == 0) & plain
+        made = kept[key] = _split(layout, address, low, suited, None if masked is None else masked.clean)
     return made
 
 
-def chunk_entries(
-    layout: Layout, chunk: int, device: torch.device, mask: Tensor | None, plain: bool
-) -> tuple[Entries, Entries]:
+def chunk_entries(layout: Layout, chunk: int, device: torch.device, mask: Tensor | None, plain: bool = True) -> Split:
     """As `entries`, of one chunk, for kernels that read no tensor; `mask` is the whole layout's."""
-    plain, masked = fast_and_masked(layout, mask, plain)
+    masked = masked_blocks(mask, layout)
     kept, key = tables_of(layout, masked), ("chunk", chunk, device, plain)
     if key not in kept:
         blocks = slice(chunk * layout.chunk_blocks, (chunk + 1) * layout.chunk_blocks)
         low = _tables(layout, device)[2][blocks]
-        suited = torch.ones_like(low, dtype=torch.bool)
-        if masked is not None:
-            suited &= torch.from_numpy(masked.clean[blocks]).to(device)
-        kept[key] = _split(layout, torch.zeros_like(low), low, plain, suited)
-    made: tuple[Entries, Entries] = kept[key]
+        suited = torch.full_like(low, plain, dtype=torch.bool)
+        kept[key] = _split(layout, torch.zeros_like(low), low, suited, None if masked is None else masked.clean[blocks])
+    made: Split = kept[key]
     return made
-
-
-def fast_and_masked(layout: Layout, mask: Tensor | None, plain: bool) -> tuple[bool, MaskedBlocks | None]:
-    """Whether the fast kernels may take blocks of a layout with this mask, and what keeps them from some of them.
-
-    Args:
-        plain: nothing but the mask is in the way.
-    """
-    if mask is None or not plain:
-        return plain, None
-    masked = masked_blocks(mask, layout)
-    return masked is not None, masked
 
 
 def tables_of(layout: Layout, masked: MaskedBlocks | None) -> dict[object, Any]:
@@ -144,11 +144,17 @@ def groups(layout: Layout, chunk: int | None, device: torch.device) -> tuple[Ten
     return made
 
 
-def _split(layout: Layout, address: Tensor, low: Tensor, plain: bool, suited: Tensor) -> tuple[Entries, Entries]:
-    fast = plain and layout.block_size == FULL_BLOCK and not layout.shared_scale
-    full = ((low & 0xFFFFFFFF) == FULL_BLOCK) & suited if fast else torch.zeros_like(suited)
+def _split(layout: Layout, address: Tensor, low: Tensor, suited: Tensor, clean: npt.NDArray[np.bool_] | None) -> Split:
+    """Sort blocks; suited: the fast kernels may take a block if it is whole; clean: all its elements take part."""
+    if layout.block_size == FULL_BLOCK and not layout.shared_scale:
+        whole = ((low & 0xFFFFFFFF) == FULL_BLOCK) & suited
+    else:
+        whole = torch.zeros_like(suited)
+    full = whole if clean is None else whole & torch.from_numpy(clean).to(whole.device)
     table = torch.stack([address, low], dim=1)
-    return _entries(table[full]), _entries(table[~full])
+    masked = table[whole & ~full]
+    others, n = torch.cat([masked, table[~whole]]), len(masked)
+    return Split(*map(_entries, (table[full], others, others[:n], others[n:])))
 
 
 def _entries(table: Tensor) -> Entries:

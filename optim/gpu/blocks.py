@@ -36,12 +36,16 @@ class Group:
     Attributes:
         kind: of its tensors.
         full: those that the fast kernels take.
-        others: those that need the kernels for any block.
+        others: all others, which need the kernels for any block.
+        masked: the first of these: the fast kernels would take them if all their elements took part.
+        rest: what comes after `masked`.
     """
 
     kind: int
     full: Places
     others: Places
+    masked: Places
+    rest: Places
 
 
 def groups(
@@ -56,14 +60,13 @@ def groups(
     Args:
         kinds: (k,), of each tensor.
         fast: (k,), the tensor's addresses suit the fast kernels.
-        masked: blocks that the fast kernels leave alone; None: there are none.
+        masked: which blocks have elements that take no part; None: no block has.
     """
     values, classes = np.unique(kinds, return_inverse=True)
     kept, key = tables_of(layout, masked), ("places", device, classes.tobytes(), fast.tobytes())
     if key not in kept:
-        suited = fast[layout.tensor_of_block]
-        kept[key] = _sorted(layout, device, len(values), classes, suited if masked is None else suited & masked.clean)
-    made: list[tuple[Places, Places]] = kept[key]
+        kept[key] = _sorted(layout, device, len(values), classes, fast, masked)
+    made: list[list[Places]] = kept[key]
     return tuple(Group(int(kind), *places) for kind, places in zip(values, made, strict=True))
 
 
@@ -80,22 +83,32 @@ def numels(layout: Layout, device: torch.device) -> Tensor:
 
 
 def _sorted(
-    layout: Layout, device: torch.device, n_classes: int, classes: npt.NDArray[np.int64], suited: npt.NDArray[np.bool_]
-) -> list[tuple[Places, Places]]:
+    layout: Layout,
+    device: torch.device,
+    n_classes: int,
+    classes: npt.NDArray[np.int64],
+    fast: npt.NDArray[np.bool_],
+    masked: MaskedBlocks | None,
+) -> list[list[Places]]:
     real = layout.count_of_block > 0
     tensor = layout.tensor_of_block.astype(np.int64)
     low = np.where(real, tensor, 0xFFFFFFFF) + (np.arange(layout.blocks, dtype=np.int64) << 32)
     table = np.stack([layout.offset_of_block, low], axis=1)
-    full = (layout.count_of_block == FULL_BLOCK) & suited
+    whole = (layout.count_of_block == FULL_BLOCK) & fast[tensor]
     if layout.block_size != FULL_BLOCK or layout.shared_scale:
-        full[:] = False
-    of_class = [classes[tensor] == c for c in range(n_classes)]
-    return [(_places(table[c & full], device), _places(table[c & ~full], device)) for c in of_class]
+        whole[:] = False
+    full = whole if masked is None else whole & masked.clean
+    made = []
+    for number in range(n_classes):
+        mine = classes[tensor] == number
+        kinds = [table[mine & blocks] for blocks in (full, whole & ~full, ~whole)]
+        others, n = _sent(np.concatenate(kinds[1:]), device), len(kinds[1])
+        made.append([_places(t) for t in (_sent(kinds[0], device), others, others[:n], others[n:])])
+    return made
 
 
-def _places(table: npt.NDArray[np.int64], device: torch.device) -> Places:
-    sent = _sent(table, device)
-    return Places(sent, len(table), sent.data_ptr())
+def _places(table: Tensor) -> Places:
+    return Places(table, len(table), table.data_ptr())
 
 
 def _sent(values: npt.NDArray[np.int64], device: torch.device) -> Tensor:

@@ -36,7 +36,7 @@ __device__ __forceinline__ float* scale_at(const u8* payloads, Slot slot) {
         const u8 *proceed
 #define SIZE_ARGUMENTS i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, i64 block_size
 
-// ---- whole blocks of 1024 elements at aligned addresses, momentum as payloads
+// ---- whole blocks of 1024 elements at aligned addresses, momentum as payloads; MASKED: some take no part
 
 __device__ __forceinline__ void load_full_of_type(Type type, const i64* table, Place place, int lane, float values[32]) {
     if (type == F32) load_full<f32>(elements_of<f32>(table, place), lane, values);
@@ -44,10 +44,11 @@ __device__ __forceinline__ void load_full_of_type(Type type, const i64* table, P
     else load_full<f16>(elements_of<f16>(table, place), lane, values);
 }
 
-template <typename G, bool L2>
+template <typename G, bool L2, bool MASKED>
 __device__ __forceinline__ void encode_momentum_full(
     const Place* places, i64 n, const i64* grads, const u8* momentum, const i64* params, Type param_type, float* residual,
-    u8* out, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, bool squared, float beta1, float alpha, float l2) {
+    const u8* mask, u8* out, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, bool squared, float beta1, float alpha,
+    float l2) {
     int lane = threadIdx.x & 31;
     for (i64 warp = warp_index(); warp < n; warp += all_warps()) {
         Place place = places[warp];
@@ -56,6 +57,7 @@ __device__ __forceinline__ void encode_momentum_full(
         float c[32], old[32];
         u32 bits = words_at(momentum, slot)[word_of_lane(lane)];
         float m = *scale_at(momentum, slot);
+        u32 masked = mask_word<MASKED>(mask, place.block, lane);
         load_full<f32>(r, lane, old);  // before the gradient, whose address takes a look-up
         load_full<G>(elements_of<G>(grads, place), lane, c);
         if (L2) {
@@ -68,31 +70,39 @@ __device__ __forceinline__ void encode_momentum_full(
         float decayed = __fmul_rn(beta1, m);
 #pragma unroll
         for (int i = 0; i < 32; i++) c[i] = __fadd_rn(sum_of_two(flipped(decayed, bits, i), alpha, c[i]), old[i]);
-        finish(c, r, out + slot.words, scale_at(out, slot), squared, lane);
+        u32 live = live_of_word<MASKED>(masked, lane);
+        if (MASKED) clear_masked(c, live);
+        finish<MASKED>(c, r, out + slot.words, scale_at(out, slot), squared, lane, live);
     }
 }
 
-#define ENCODE(NAME, G, L2)                                                                                            \
+#define ENCODE(NAME, G, L2, MASKED)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS, L2 ? 2 : 3)                                                  \
         NAME(LOCAL_ARGUMENTS, u8* out, SIZE_ARGUMENTS, i64 squared) {                                                  \
-        encode_momentum_full<G, L2>(places, n, grads, momentum, params, Type(param_type), residual, out, chunk_blocks, \
-            bits_bytes, payload_bytes, squared != 0, number(beta1), number(alpha), number(l2));                        \
+        encode_momentum_full<G, L2, MASKED>(places, n, grads, momentum, params, Type(param_type), residual, mask, out, \
+            chunk_blocks, bits_bytes, payload_bytes, squared != 0, number(beta1), number(alpha), number(l2));          \
     }
-ENCODE(encode_full_f32, f32, false)
-ENCODE(encode_full_bf16, bf16, false)
-ENCODE(encode_full_f16, f16, false)
-ENCODE(encode_full_l2_f32, f32, true)
-ENCODE(encode_full_l2_bf16, bf16, true)
-ENCODE(encode_full_l2_f16, f16, true)
+ENCODE(encode_full_f32, f32, false, false)
+ENCODE(encode_full_bf16, bf16, false, false)
+ENCODE(encode_full_f16, f16, false, false)
+ENCODE(encode_full_l2_f32, f32, true, false)
+ENCODE(encode_full_l2_bf16, bf16, true, false)
+ENCODE(encode_full_l2_f16, f16, true, false)
+ENCODE(encode_masked_f32, f32, false, true)
+ENCODE(encode_masked_bf16, bf16, false, true)
+ENCODE(encode_masked_f16, f16, false, true)
+ENCODE(encode_masked_l2_f32, f32, true, true)
+ENCODE(encode_masked_l2_bf16, bf16, true, true)
+ENCODE(encode_masked_l2_f16, f16, true, true)
 
 // 512 elements at a time: with half of the registers, twice as many warps keep as many loads under way.
 constexpr int HALF = ROWS / 2;
 
-template <typename P, bool MASTER>
+template <typename P, bool MASTER, bool MASKED>
 __device__ __forceinline__ void decode_update_full(
     const Place* places, i64 n, const u8* gathered, u8* momentum, const i64* params, const i64* masters,
-    const i64* variances, const float* scalars, const u8* proceed, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes,
-    float eps) {
+    const i64* variances, const u8* mask, const float* scalars, const u8* proceed, i64 chunk_blocks, i64 bits_bytes,
+    i64 payload_bytes, float eps) {
     if (proceed != nullptr && *proceed == 0) return;
     int lane = threadIdx.x & 31;
     for (i64 warp = warp_index(); warp < n; warp += all_warps()) {
@@ -107,8 +117,9 @@ __device__ __forceinline__ void decode_update_full(
         float rate = row_of[0], root = row_of[1], keep = row_of[2];
         float step = 0.0f;
         bool usual = true;
+        u32 live = mask_word<MASKED>(mask, place.block, lane);
 #pragma unroll 1
-        for (int half = 0; half < 2; half++, bits >>= 4 * HALF) {
+        for (int half = 0; half < 2; half++, bits >>= 4 * HALF, live >>= 4 * HALF) {
             float w[4 * HALF], v[4 * HALF];
 #pragma unroll
             for (int row = 0; row < HALF; row++) load4(f32(), variance + 128 * row, v + 4 * row);
@@ -123,7 +134,11 @@ __device__ __forceinline__ void decode_update_full(
                 reinterpret_cast<u32*>(momentum + slot.words)[word_of_lane(lane)] = bits;
                 if (lane == 0) *scale_at(momentum, slot) = scale;
                 bits = ~transpose_nibbles(bits, lane);
+                live = live_of_word<MASKED>(live, lane);
             }
+            if (MASKED)
+#pragma unroll
+                for (int i = 0; i < 4 * HALF; i++) v[i] = live >> i & 1 ? v[i] : 1.0f;
             bool all_usual = usual;
 #pragma unroll
             for (int i = 0; i < 4 * HALF; i++) all_usual &= usual_variance(v[i]);
@@ -140,8 +155,11 @@ __device__ __forceinline__ void decode_update_full(
             for (int row = 0; row < HALF; row++) {
                 float* four = w + 4 * row;
 #pragma unroll
-                for (int k = 0; k < 4; k++)
-                    four[k] = __fsub_rn(__fmul_rn(four[k], keep), flipped(v[4 * row + k], bits, 4 * row + k));
+                for (int k = 0; k < 4; k++) {
+                    int i = 4 * row + k;
+                    four[k] = __fmul_rn(four[k], keep);
+                    if (!MASKED || (live >> i & 1)) four[k] = __fsub_rn(four[k], flipped(v[i], bits, i));
+                }
                 if (MASTER) store4(master + 128 * row, four[0], four[1], four[2], four[3]);
                 store4(p + 128 * row, narrow(P(), four[0]), narrow(P(), four[1]), narrow(P(), four[2]), narrow(P(), four[3]));
             }
@@ -152,17 +170,23 @@ __device__ __forceinline__ void decode_update_full(
     }
 }
 
-#define UPDATE(NAME, P, MASTER)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME(UPDATE_ARGUMENTS, SIZE_ARGUMENTS) {                 \
-        decode_update_full<P, MASTER>(places, n, gathered, momentum, params, masters, variances, scalars, proceed,    \
-            chunk_blocks, bits_bytes, payload_bytes, number(eps));                                                    \
+#define UPDATE(NAME, P, MASTER, MASKED)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME(UPDATE_ARGUMENTS, SIZE_ARGUMENTS) {                   \
+        decode_update_full<P, MASTER, MASKED>(places, n, gathered, momentum, params, masters, variances, mask, scalars, \
+            proceed, chunk_blocks, bits_bytes, payload_bytes, number(eps));                                             \
     }
-UPDATE(update_full_f32, f32, false)
-UPDATE(update_full_bf16, bf16, false)
-UPDATE(update_full_f16, f16, false)
-UPDATE(update_full_master_f32, f32, true)
-UPDATE(update_full_master_bf16, bf16, true)
-UPDATE(update_full_master_f16, f16, true)
+UPDATE(update_full_f32, f32, false, false)
+UPDATE(update_full_bf16, bf16, false, false)
+UPDATE(update_full_f16, f16, false, false)
+UPDATE(update_full_master_f32, f32, true, false)
+UPDATE(update_full_master_bf16, bf16, true, false)
+UPDATE(update_full_master_f16, f16, true, false)
+UPDATE(update_masked_f32, f32, false, true)
+UPDATE(update_masked_bf16, bf16, false, true)
+UPDATE(update_masked_f16, f16, false, true)
+UPDATE(update_masked_master_f32, f32, true, true)
+UPDATE(update_masked_master_bf16, bf16, true, true)
+UPDATE(update_masked_master_f16, f16, true, true)
 
 // ---- any block
 

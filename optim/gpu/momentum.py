@@ -45,16 +45,17 @@ def encode_momentum(
     part.layout.cache[_ENCODED] = local
     layout, device, out, squared = part.layout, part.sent.device, part.sent.data_ptr(), int(part.squared)
     for group in local.groups:
-        if group.full.n:
-            kernel = f"encode_full_{'l2_' if l2 else ''}{TYPES[group.kind % 4]}"
-            arguments = (*local.arguments(group.full, group), out, *_sizes(part), squared)
-            launch(_SOURCE, kernel, device, 32 * group.full.n, *arguments)
+        for places, kernel in ((group.full, "encode_full"), (group.masked, "encode_masked")):
+            if places.n:
+                of_types = f"{kernel}_{'l2_' if l2 else ''}{TYPES[group.kind % 4]}"
+                arguments = (*local.arguments(places, group), out, *_sizes(part), squared)
+                launch(_SOURCE, of_types, device, 32 * places.n, *arguments)
 
     def visit(stage: int, sums: int) -> None:
         for group in local.groups:
-            if group.others.n:
-                arguments = (*local.arguments(group.others, group), out, sums, *_sizes(part), squared, stage)
-                launch(_SOURCE, "encode_any", device, 32 * group.others.n, *arguments)
+            if group.rest.n:
+                arguments = (*local.arguments(group.rest, group), out, sums, *_sizes(part), squared, stage)
+                launch(_SOURCE, "encode_any", device, 32 * group.rest.n, *arguments)
 
     if layout.shared_scale:
         in_two_visits(visit, layout.blocks, part.sent, layout, part.squared, None)
@@ -104,7 +105,9 @@ def decode_update(
         "update", layout, device, operands, True, lambda: param.types + 4 * master.present, part.mask
     )
     for group in groups:
-        for places, kernel in ((group.full, _update_kernel(group.kind)), (group.others, "update_any")):
+        types = f"{'master_' if group.kind // 4 else ''}{TYPES[group.kind % 4]}"
+        kernels = ((group.full, f"update_full_{types}"), (group.masked, f"update_masked_{types}"))
+        for places, kernel in (*kernels, (group.rest, "update_any")):
             if places.n:
                 arguments = (
                     *(places.address, places.n, numels(layout, device).data_ptr()),
@@ -173,10 +176,6 @@ class _Local:
 def _kinds(operands: Sequence[Operand]) -> npt.NDArray[np.int64]:
     """The types of gradients, and 4 times those of the parameters where they are read."""
     return sum((4**i * o.types for i, o in enumerate(operands[1:], 1)), operands[0].types)
-
-
-def _update_kernel(kind: int) -> str:
-    return f"update_full_{'master_' if kind // 4 else ''}{TYPES[kind % 4]}"
 
 
 def _sizes(part: Part) -> tuple[int, int, int, int]:

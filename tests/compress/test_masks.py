@@ -32,6 +32,7 @@ def test_a_block_is_clean_if_no_bit_of_it_is_set(
     if mask is not None:
         known = masked_blocks(mask, layout)
         assert known is not None
+        assert masked_blocks(None, layout) is None
         bits = oracle.unpack(mask.numpy()).reshape(layout.blocks, layout.block_size)
         assert np.array_equal(known.clean, ~bits.astype(bool).any(1))
         assert not known.clean.all(), "there would be no mask"
@@ -45,38 +46,51 @@ def masked() -> tuple[Layout, torch.Tensor, torch.Tensor]:
     return layout, torch.zeros(3072), mask
 
 
+def clean_blocks(mask: torch.Tensor, layout: Layout) -> int:
+    known = masked_blocks(mask, layout)
+    assert known is not None
+    assert known is masked_blocks(mask, layout), "tables are kept by it"
+    assert len(known.clean) == layout.blocks
+    return int(known.clean.sum())
+
+
 def test_nothing_is_known_of_copies_of_masks_written_to_or_of_other_blocks() -> None:
     layout, _, mask = masked()
-    assert masked_blocks(mask, layout) is not None
+    assert clean_blocks(mask, layout) == 3
     for other in (mask.clone(), mask.view(-1), copy.deepcopy(mask)):
-        assert masked_blocks(other, layout) is None
+        assert clean_blocks(other, layout) == 0
     for numel, block_size in ((2048, 512), (8192, 1024)):
-        assert masked_blocks(mask, plan([numel], block_size, 2)[0]) is None
+        assert clean_blocks(mask, plan([numel], block_size, 2)[0]) == 0
     mask[300] = 1
-    assert masked_blocks(mask, layout) is None
+    assert clean_blocks(mask, layout) == 0
 
 
 def test_masks_made_in_inference_mode_work_without_being_known() -> None:
     with torch.inference_mode():
         layout, x, mask = masked()
-        assert masked_blocks(mask, layout) is None
-        full, others = entries(layout, [x], CPU, mask, plain=True)
-    assert (full.n, others.n) == (0, 4)
+        assert clean_blocks(mask, layout) == 0
+        split = entries(layout, [x], CPU, mask)
+    assert (split.full.n, split.masked.n, split.rest.n) == (0, 3, 1)
 
 
 def test_tables_leave_out_masked_blocks_and_go_with_the_mask() -> None:
     layout, x, mask = masked()
     counts = {}
     for name, given_mask in (("no mask", None), ("mask", mask), ("copy of it", mask.clone())):
-        found = entries(layout, [x], CPU, given_mask, plain=True)
-        of_chunks = [chunk_entries(layout, chunk, CPU, given_mask, plain=True)[0].n for chunk in range(2)]
-        counts[name] = (*(e.n for e in found), *of_chunks)
-    assert counts == {"no mask": (3, 1, 2, 1), "mask": (2, 2, 1, 1), "copy of it": (0, 4, 0, 0)}
-    full, _ = entries(layout, [x], CPU, mask, plain=True)
-    assert entries(layout, [x], CPU, mask, plain=True)[0] is full, "kept while the mask lives"
-    assert [int(row) >> 32 for row in full.table[:, 1]] == [0, 2]
+        splits = [entries(layout, [x], CPU, given_mask), *(chunk_entries(layout, c, CPU, given_mask) for c in range(2))]
+        counts[name] = [(split.full.n, split.masked.n, split.rest.n) for split in splits]
+    assert counts == {
+        "no mask": [(3, 0, 1), (2, 0, 0), (1, 0, 1)],
+        "mask": [(2, 1, 1), (1, 1, 0), (1, 0, 1)],
+        "copy of it": [(0, 3, 1), (0, 2, 0), (0, 1, 1)],
+    }
+    split = entries(layout, [x], CPU, mask)
+    assert entries(layout, [x], CPU, mask) is split, "kept while the mask lives"
+    for found, blocks in ((split.full, [0, 2]), (split.others, [1, 3]), (split.masked, [1]), (split.rest, [3])):
+        assert [int(row) >> 32 for row in found.table[:, 1]] == blocks
+        assert found.address == found.table.data_ptr()
     of_masks = layout.cache["tables of masks"]
-    assert len(of_masks) == 1
-    del mask, given_mask
+    assert len(of_masks) == 2, "this one, and any that nothing is known of"
+    del mask, given_mask, split, splits
     gc.collect()
-    assert len(of_masks) == 0
+    assert len(of_masks) == 1

@@ -53,13 +53,13 @@ def packed(name: str, layout: Layout) -> tuple[Tensor, Tensor]:
     return on_cpu, on_device
 
 
-def whole_blocks(name: str, layout: Layout, chunk: int | None = None) -> int:
-    """Blocks of 1024 real elements that all take part."""
-    masks, whole = masks_of(name), 0
+def blocks_of(name: str, layout: Layout, chunk: int | None = None) -> list[int]:
+    """Blocks of 1024 real elements that all take part, others of 1024 real elements, and all the rest."""
+    masks, clean, whole = masks_of(name), 0, 0
     for s in layout.segments if chunk is None else layout.chunk_segments(chunk):
-        taken = masks[s.tensor][s.offset : s.offset + s.numel]
-        whole += sum(len(block) == 1024 and not bool(block.any()) for block in taken.split(1024))
-    return whole
+        blocks = [b for b in masks[s.tensor][s.offset : s.offset + s.numel].split(1024) if len(b) == 1024]
+        clean, whole = clean + sum(not bool(b.any()) for b in blocks), whole + len(blocks)
+    return [clean, whole - clean, (layout.blocks if chunk is None else layout.chunk_blocks) - whole]
 
 
 def counted(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -94,9 +94,8 @@ def test_the_codec_gives_the_bytes_of_the_reference(
     operators.decode(sent.view(CHUNKS, -1), mask_there, x_there, layout)
     CODEC.decode(payload, x, layout=layout, mask=mask)
     assert [differing(a, b) for a, b in zip(x_there, x, strict=True)] == [0] * len(x), "decode"
-    for kernel in (f"encode_full_{momentum_type(dtype)}", f"encode_{momentum_type(dtype)}"):
-        whole = whole_blocks(name, layout)
-        assert blocks[kernel] == (whole if "full" in kernel else layout.blocks - whole), (kernel, blocks)
+    encoded = [blocks[f"encode_{kind}{momentum_type(dtype)}"] for kind in ("full_", "masked_", "")]
+    assert encoded == blocks_of(name, layout), blocks
 
     for chunk in range(CHUNKS):
         rows = torch.stack([payload.view(CHUNKS, -1)[chunk], payload.view(CHUNKS, -1)[(chunk + 1) % CHUNKS]])
@@ -108,7 +107,8 @@ def test_the_codec_gives_the_bytes_of_the_reference(
         operators.reduce_encode(rows.to(DEVICE), server_there, mask_there, mean_there, layout, chunk, False)
         wrong = differing(mean_there, mean), differing(server_there, server)
         assert wrong == (0, 0), f"{wrong} bytes and residuals differ in chunk {chunk}"
-        assert blocks["reduce_encode_full"] == whole_blocks(name, layout, chunk), (chunk, blocks)
+        reduced = [blocks[f"reduce_encode{kind}"] for kind in ("_full", "_masked", "")]
+        assert reduced == blocks_of(name, layout, chunk), (chunk, blocks)
 
 
 def momentum_type(dtype: torch.dtype) -> str:
@@ -163,7 +163,7 @@ def test_a_fused_step_is_that_of_separate_operations(
     torch.manual_seed(2)
     blocks = counted(kernels, monkeypatch)
     case, kind = masked_case(name), momentum_type(dtype)
-    layout, whole = case.part.layout, whole_blocks(name, case.part.layout)
+    layout, expected_blocks = case.part.layout, blocks_of(name, case.part.layout)
     grads, params = values(SIZES, [dtype]), values(SIZES, [dtype])
     variances = [torch.rand(n).masked_fill(mask, 0.0) for n, mask in zip(SIZES, masks_of(name), strict=True)]
     scalars = torch.tensor([[1e-3 * (i + 1), 1.5 + i, 1 - 1e-5 * i] for i in range(len(SIZES))])
@@ -175,14 +175,16 @@ def test_a_fused_step_is_that_of_separate_operations(
     kernels.encode_momentum(*arguments, beta1=BETA1, alpha=ALPHA, l2=0.0)
     wrong = differing(case.part.sent, expected), differing(case.part.residual, case.residual)
     assert wrong == (0, 0), f"{wrong} bytes and residuals differ"
-    assert (blocks[f"encode_full_{kind}"], blocks["encode_any"]) == (whole, layout.blocks - whole), blocks
+    encoded = [blocks[kernel] for kernel in (f"encode_full_{kind}", f"encode_masked_{kind}", "encode_any")]
+    assert encoded == expected_blocks, blocks
 
     moved, _ = updated(case, params, [None] * len(SIZES), variances, scalars, 1e-8)
     p, momentum = given(params), torch.zeros_like(case.part.gathered)
     kernels.decode_update(case.part, p, [None] * len(SIZES), given(variances), momentum, scalars.to(DEVICE), eps=1e-8)
     assert [differing(mine, theirs) for mine, theirs in zip(p, moved, strict=True)] == [0] * len(SIZES)
     assert differing(momentum, case.payload) == 0
-    assert (blocks[f"update_full_{kind}"], blocks["update_any"]) == (whole, layout.blocks - whole), blocks
+    renewed = [blocks[kernel] for kernel in (f"update_full_{kind}", f"update_masked_{kind}", "update_any")]
+    assert renewed == expected_blocks, blocks
 
     kernels.undo_encode(*arguments, beta1=BETA1, alpha=ALPHA, l2=0.0)
     live = live_of(case)
