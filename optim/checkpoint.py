@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def save(folder: str | os.PathLike[str], optimizer: CompressedOptimizer, **extra
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        _read(unfinished, mmap=True)
+        _read(unfinished, mmap=True, check=False)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -93,7 +94,7 @@ def load(folder: str | os.PathLike[str], optimizer: CompressedOptimizer) -> dict
     def read() -> dict[str, Any]:
         old, paths = _paths(Path(folder), rank, size)
         if old == size:
-            content = _read_rank(paths[rank], rank, mmap=False)
+            content = _read_rank(paths[rank], rank)
             extra.update(content["extra"])
             return _checked(optimizer, content["optimizer"])
         contents = [_read_rank(paths[name], name, mmap=True) for name in sorted(paths)]
@@ -174,7 +175,7 @@ def _paths(folder: Path, rank: int, size: int) -> tuple[int, dict[int, Path]]:
     return old, {name: paths[name] for name in needed}
 
 
-def _read_rank(path: Path, rank: int, *, mmap: bool) -> dict[str, Any]:
+def _read_rank(path: Path, rank: int, *, mmap: bool = False) -> dict[str, Any]:
     """The content of a file that a certain rank must have written."""
     content = _read(path, mmap=mmap)
     written = f"{content['rank']} of {content['world_size']}"
@@ -185,22 +186,41 @@ def _read_rank(path: Path, rank: int, *, mmap: bool) -> dict[str, Any]:
     return content
 
 
-def _read(path: Path, *, mmap: bool) -> dict[str, Any]:
+def _read(path: Path, *, mmap: bool = False, check: bool = True) -> dict[str, Any]:
     """Read a file without unpickling anything but tensors, numbers, strings and containers.
 
+    Args:
+        mmap: leave tensors in the file until they are looked at.
+        check: read all of it to see that no byte is wrong, which torch.load does not do.
+
     Raises:
-        InputError: it cannot be read so, or is not of `save`.
+        InputError: it cannot be read so, is damaged, or is not of `save`.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load raises whatever a damaged file leads to
+        with zipfile.ZipFile(path) as records:
+            wrong = records.testzip() if check else None
+        content = None if wrong else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged file leads to all kinds of them
         raise InputError(
-            f"{path} cannot be read: {error}; it is damaged, or holds what weights_only refuses"
+            f"{path} cannot be read, for it is damaged or weights_only refuses it: {_brief(error)}"
         ) from error
+    if wrong:
+        raise InputError(f"{path} is damaged: the checksum of {wrong} is wrong; take another checkpoint")
     keys = {"onebit", "rank", "world_size", "optimizer", "extra"}
-    if not isinstance(content, dict) or content.keys() != keys or content["onebit"] != VERSION:
+    if (
+        not isinstance(content, dict)
+        or content.keys() != keys
+        or str(content["onebit"]) != str(VERSION)
+        or not isinstance(content["extra"], dict)
+    ):
         raise InputError(f"{path} is not a checkpoint of version {VERSION}, as onebit.optim.checkpoint.save writes it")
     return content
+
+
+def _brief(error: Exception) -> str:
+    """What an error says; of torch.load's, without the advice to trust the file."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "Unpickler error" in line), lines[0])
 
 
 def _flush_folder(folder: Path) -> None:
