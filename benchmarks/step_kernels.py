@@ -10,11 +10,13 @@ from torch import Tensor
 from onebit.benchmarks.gpu_timing import CODEC, against, differing, make_row, timed
 from onebit.benchmarks.row import Row
 from onebit.comm import Part
+from onebit.compress.masks import pack_mask
 from onebit.optim.gpu.local import LocalStep
 from onebit.optim.kernels import StepKernels
 from onebit.optim.kernels import step_kernels as kernels_for
 
 BETA1, ALPHA, EPS = 0.9, 0.1, 1e-8
+_DEAD = (1 << 20, 100)  # one entry of so many is dead: few blocks have one, and all have
 
 
 @dataclass
@@ -64,10 +66,12 @@ class _Step:
 
 
 def step_kernels(numel: int, device: torch.device, rounds: int) -> list[Row]:
-    """Copy, AdamW, and the step's kernels for fp32 and bf16 parameters, these with and without fp32 masters."""
+    """Copy, AdamW, and the step's kernels for fp32 and bf16 parameters, with masters too, and with dead entries."""
     rows = [_copy(numel, device, rounds), _adamw(numel, device, rounds)]
     for dtype, mastered in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         rows += _kernels_of(_step(numel, dtype, mastered, device), " master" if mastered else "", rounds)
+    for every in _DEAD:
+        rows += _with_dead_entries(numel, every, device, rounds)
     rows.append(_local_step(numel, device, rounds))
     for row in rows:
         if row.numel == numel:
@@ -75,12 +79,13 @@ def step_kernels(numel: int, device: torch.device, rounds: int) -> list[Row]:
     return rows
 
 
-def _step(numel: int, dtype: torch.dtype, mastered: bool, device: torch.device) -> _Step:
+def _step(numel: int, dtype: torch.dtype, mastered: bool, device: torch.device, dead: Tensor | None = None) -> _Step:
     kernels = kernels_for(device, CODEC)
     assert kernels is not None
     torch.manual_seed(1)
     (layout,) = CODEC.plan([numel])
-    momentum = CODEC.encode(torch.randn(numel, device=device))
+    mask = None if dead is None else pack_mask([dead], layout)
+    momentum = CODEC.encode(torch.randn(numel, device=device), layout=layout, mask=mask)
     sent = torch.zeros_like(momentum)
     master = torch.randn(numel, device=device)
     return _Step(
@@ -89,7 +94,7 @@ def _step(numel: int, dtype: torch.dtype, mastered: bool, device: torch.device) 
             layout=layout,
             used=(0,),
             residual=torch.zeros(layout.padded_numel, device=device),
-            mask=None,
+            mask=mask,
             sent=sent,
             gathered=sent,
             squared=False,
@@ -104,14 +109,21 @@ def _step(numel: int, dtype: torch.dtype, mastered: bool, device: torch.device) 
     )
 
 
-def _kernels_of(step: _Step, suffix: str, rounds: int) -> list[Row]:
+def _two_kernels_of(step: _Step, suffix: str, dead: str, rounds: int) -> tuple[Row, Row]:
+    """Encoding and the update, which alone differs with a master and is then told apart by `suffix`."""
     numel, dtype, packed = step.grad.numel(), step.grad.dtype, step.momentum.numel()
     moved = numel * (dtype.itemsize + 8) + 2 * packed, numel * _updated(step) + 2 * packed
     wrong = _wrong_encoding(step)
-    encode = make_row("encode_momentum", dtype, numel, moved[0], timed(step.encode, rounds), wrong)
+    encode = make_row("encode_momentum" + dead, dtype, numel, moved[0], timed(step.encode, rounds), wrong)
     step.count()
     wrong = _wrong_update(step)
-    update = make_row("decode_update" + suffix, dtype, numel, moved[1], timed(step.update, rounds), wrong)
+    update = make_row("decode_update" + suffix + dead, dtype, numel, moved[1], timed(step.update, rounds), wrong)
+    return encode, update
+
+
+def _kernels_of(step: _Step, suffix: str, rounds: int) -> list[Row]:
+    encode, update = _two_kernels_of(step, suffix, "", rounds)
+    dtype, numel, moved = step.grad.dtype, step.grad.numel(), encode.nbytes + update.nbytes
     finite = torch.tensor(True, device=step.grad.device)
     count = make_row("adam_scalars", dtype, 1, 24, timed(step.count, rounds), None)
     undo = make_row("undo_encode of nothing", dtype, 1, 1, timed(lambda: step.settle(finite), rounds), None)
@@ -122,8 +134,25 @@ def _kernels_of(step: _Step, suffix: str, rounds: int) -> list[Row]:
         step.update()
         step.settle(finite)
 
-    whole = make_row("all of these" + suffix, dtype, numel, sum(moved), timed(all_of_them, rounds), None)
+    whole = make_row("all of these" + suffix, dtype, numel, moved, timed(all_of_them, rounds), None)
     return [encode, update, count, undo, whole]
+
+
+def _with_dead_entries(numel: int, every: int, device: torch.device, rounds: int) -> list[Row]:
+    """The kernels that are given a mask, the server's too: its tests say that that is right."""
+    dead, told = torch.arange(numel, device=device) % every == every // 2, f", 1 in {every:,} dead"
+    step = _step(numel, torch.float32, False, device, dead)
+    step.variance[dead] = 0.0
+    del dead
+    part, operators = step.part, CODEC.unchecked(device)
+    rows = _two_kernels_of(step, "", told, rounds)
+    payloads = torch.stack([step.momentum, part.sent])
+
+    def reduce() -> None:
+        operators.reduce_encode(payloads, part.residual, part.mask, part.sent, part.layout, 0)
+
+    moved = 8 * numel + 3 * part.sent.numel()
+    return [*rows, make_row("reduce_encode of 2" + told, torch.float32, numel, moved, timed(reduce, rounds), None)]
 
 
 def _updated(step: _Step) -> int:
@@ -135,11 +164,11 @@ def _updated(step: _Step) -> int:
 def _wrong_encoding(step: _Step) -> int:
     """Bytes and residuals that differ from those of the codec for the same sum made by separate operations."""
     old = torch.empty_like(step.variance)
-    CODEC.decode(step.momentum, old)
+    CODEC.decode(step.momentum, old, mask=step.part.mask)
     local = (old * BETA1).add_(step.grad.float() * ALPHA)
     del old
     residual = step.part.residual.clone()
-    expected = CODEC.encode(local, residual, layout=step.part.layout)
+    expected = CODEC.encode(local, residual, layout=step.part.layout, mask=step.part.mask)
     step.encode()
     return differing(step.part.sent, expected) + differing(step.part.residual, residual)
 
@@ -148,7 +177,7 @@ def _wrong_update(step: _Step) -> int:
     """Parameters and masters that differ from those of separate operations."""
     rate, root, keep = step.scalars[0]
     m = torch.empty_like(step.variance)
-    CODEC.decode(step.part.gathered, m)
+    CODEC.decode(step.part.gathered, m, mask=step.part.mask)
     w = (step.param.float() if step.master is None else step.master) * keep
     w.sub_(m.mul_(rate).div_(step.variance.sqrt().mul_(root).add_(EPS)))
     step.update()
