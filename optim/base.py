@@ -171,7 +171,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 exchange.undo()
             raise
         if settling:
-            self._settle(settling, torch.stack(flags).all())
+            self._settle(settling, flags[0] if len(flags) == 1 else torch.stack(flags).all())
         else:
             self._decide(exchanges, made)
         self._calls += 1
@@ -327,11 +327,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _refused_gradient(self) -> InputError | None:
         """Why this rank's gradients cannot be averaged; None if they can."""
         for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.layout != torch.strided:
+            for index, g in enumerate([p.grad for p in group["params"]]):
+                if g is not None and g.layout is not torch.strided:
                     return InputError(
-                        f"{type(self).__name__}: the gradient of parameter {index}, {describe(p)}, is sparse; use "
-                        "dense gradients (sparse=False in nn.Embedding)"
+                        f"{type(self).__name__}: the gradient of parameter {index}, {describe(group['params'][index])},"
+                        " is sparse; use dense gradients (sparse=False in nn.Embedding)"
                     )
         return None
 
@@ -369,7 +369,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             facts[f"the number of parameters of group {g}"] = str(len(group["params"]))
             for key, value in group.items():
                 if key != "params":
-                    facts[f"option {key} of group {g}"] = str(float(value) if isinstance(value, Tensor) else value)
+                    facts[f"option {key} of group {g}"] = str(value.tolist() if isinstance(value, Tensor) else value)
             for i, p in enumerate(group["params"]):
                 facts[f"parameter {i} of group {g}"] = describe(p)
         for g, group in enumerate(self.param_groups):

@@ -276,4 +276,5 @@ def row_major(tensors: Sequence[Row]) -> Sequence[Row]:
 
 def of_part(part: Part, items: Sequence[Item]) -> Sequence[Item]:
     """Those of the tensors of an average that a part uses."""
-    return items if len(part.used) == len(items) else [items[i] for i in part.used]
+    first, last = part.used[0], part.used[-1]
+    return items[first : last + 1] if last - first < len(part.used) else [items[i] for i in part.used]

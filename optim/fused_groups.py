@@ -50,7 +50,8 @@ class FusedGroups(CompressedOptimizer):
         return packed
 
     def _count_made(self, group: dict[str, Any]) -> None:
-        self._known(group).count()
+        known = self._looked_up.get(id(group["params"])) or self._known(group)  # what made it, whatever is there now
+        known.count()
 
     def _known(self, group: Mapping[str, Any]) -> Known:
         """The parameters of a group that have a variance, and their states."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,5 +60,5 @@ class Pointers:
         return True
 
     def _host(self, addresses: Sequence[int]) -> Tensor:
-        values = torch.tensor(addresses, dtype=torch.int64)
+        values = torch.from_numpy(np.array(addresses, np.int64))  # of a list in a third of the time of torch.tensor
         return values.pin_memory() if self.table.is_cuda else values
