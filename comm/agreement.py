@@ -40,11 +40,15 @@ def agree(
     """
     if refusal is not None:
         facts = {_REFUSED: f"refused: {refusal}"}
-    text = json.dumps({"subject": subject, **facts}).encode()
+    facts = {"subject": subject, **facts}
     if backend.size > 1:
-        digests = _gather_bytes(backend, hashlib.sha256(text).digest(), _DIGEST_BYTES)
+        digests = _gather_bytes(
+            backend, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest(), _DIGEST_BYTES
+        )
         if any(digest != digests[0] for digest in digests):
-            error = MismatchError(_difference(backend.rank, subject, _gather_texts(backend, text), remedy))
+            error = MismatchError(
+                _difference(backend.rank, subject, _gather_texts(backend, json.dumps(facts).encode()), remedy)
+            )
             if refusal is None:
                 raise error
     if refusal is not None:

@@ -137,6 +137,10 @@ def _check_parameter(owner: str, index: int, entry: Any, p: Tensor, own_keys: Co
             expected = "a tensor of one number" + (" of at least 0" if key in COUNTS else "")
         if not fits:
             raise InputError(f"{where} has {key} {_kind(value)}, expected {expected}; {REMEDY}")
+    if VARIANCE_STEP in entry and (float(entry[STEP]) > 0) != (float(entry[VARIANCE_STEP]) > 0):
+        raise InputError(
+            f"{where} has made {float(entry[STEP]):g} steps with a variance of {float(entry[VARIANCE_STEP]):g}; {REMEDY}"
+        )
 
 
 def _check_progress(owner: str, g: int, group: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:
@@ -153,6 +157,9 @@ def _check_progress(owner: str, g: int, group: Mapping[str, Any], entries: Seque
             raise InputError(f"{owner}: group {g} of the state to load has {key}={value!r}, expected an int; {REMEDY}")
     if not _is_history(history):
         raise InputError(f"{owner}: group {g} of the state to load has a freeze_history of another form; {REMEDY}")
+    odd = [key for key, value in group.items() if isinstance(value, Tensor) and value.layout != torch.strided]
+    if odd:
+        raise InputError(f"{owner}: group {g} of the state to load has {odd[0]} as a sparse tensor; {REMEDY}")
     if len({RATE in entry for entry in entries if entry}) > 1:
         raise InputError(
             f"{owner}: in group {g} of the state to load some parameters are between synchronisations and others are "

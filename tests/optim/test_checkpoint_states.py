@@ -1,0 +1,233 @@
+"""States with entries missing, added, reshaped or of another type: a documented error, and nothing has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from onebit.comm import Backend, InputError, OnebitError, run_threads
+from tests.optim.resumable import KINDS, advance, everything
+from tests.optim.samples import all_params, through_a_file
+
+SAVED = {"OnebitAdam": 8, "OnebitAdam, auto": 9, "ZeroOneAdam": 11, "OnebitLamb": 8}
+JUNK: list[Any] = [
+    None,
+    True,
+    -1,
+    7,
+    0.5,
+    math.nan,
+    "text",
+    [],
+    [1, "a"],
+    (0.9, 0.99),
+    {},
+    {"version": 1},
+    {0: {}},
+    torch.zeros(()),
+    torch.zeros(3),
+    torch.full((5, 7), math.nan),
+    torch.zeros(5, 7, dtype=torch.int64),
+    torch.zeros(5, 7, dtype=torch.complex64),
+    torch.zeros(5, 7).to_sparse(),
+    torch.tensor(-3.0),
+]
+
+
+class States(dict[str, list[dict[str, Any]]]):
+    """By kind, what two ranks have saved."""
+
+    def __repr__(self) -> str:
+        return "States()"  # Hypothesis prints arguments
+
+
+@pytest.fixture(scope="module")
+def states() -> States:
+
+    def train(backend: Backend, kind: str) -> dict[str, Any]:
+        optimizer = KINDS[kind].make(backend)
+        advance(optimizer, backend.rank, 0, SAVED[kind])
+        return through_a_file(optimizer.state_dict())
+
+    return States((kind, run_threads(2, train, kind)) for kind in SAVED)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths to everything in a state."""
+    found = [path] if path else []
+    if isinstance(value, dict):
+        found += [place for key in value for place in places(value[key], (*path, key))]
+    elif isinstance(value, (list, tuple)):
+        found += [place for i, item in enumerate(value) for place in places(item, (*path, i))]
+    return found
+
+
+def changed(state: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
+    """A copy with one place removed, replaced, reshaped or added to."""
+    made = copy.deepcopy(state)
+    *way, last = data.draw(st.sampled_from(places(made)))
+    above: Any = made
+    for key in way:
+        if isinstance(above[key], tuple):
+            above[key] = list(above[key])
+        above = above[key]
+    what = data.draw(st.sampled_from(["remove", "replace", "reshape", "add"]))
+    if what == "remove":
+        del above[last]
+    elif what == "reshape" and isinstance(above[last], Tensor):
+        above[last] = data.draw(st.sampled_from([above[last].reshape(-1)[1:], above[last][None], above[last].double()]))
+    elif what == "add" and isinstance(above[last], dict):
+        above[last][data.draw(st.sampled_from(["new", 99, "exp_avg", "master"]))] = data.draw(st.sampled_from(JUNK))
+    elif what == "add" and isinstance(above[last], list):
+        above[last].append(data.draw(st.sampled_from(JUNK)))
+    else:
+        above[last] = data.draw(st.sampled_from(JUNK))
+    return made
+
+
+@settings(max_examples=200)
+@given(data=st.data(), kind=st.sampled_from(sorted(SAVED)))
+def test_a_changed_state_is_refused_with_nothing_changed_or_loaded_whole(
+    data: st.DataObject, kind: str, states: States
+) -> None:
+    """Some changes make another good state, such as one with another learning rate; that must be usable."""
+    spoilt = [changed(states[kind][0], data), copy.deepcopy(states[kind][1])]
+
+    def load(backend: Backend) -> None:
+        optimizer = KINDS[kind].make(backend)
+        advance(optimizer, backend.rank, 30, 32)
+        before = everything(optimizer)
+        try:
+            optimizer.load_state_dict(spoilt[backend.rank])
+        except InputError:
+            assert backend.rank == 0
+            assert everything(optimizer) == before
+        advance(optimizer, backend.rank, 32, 33)
+
+    with contextlib.suppress(OnebitError):  # ranks that hold different states find out at the next step
+        run_threads(2, load)
+
+
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize(
+    "state", [None, 3, [], {}, {"state": {}}, {"param_groups": []}, {"state": 1, "param_groups": 2}]
+)
+def test_what_is_no_state_is_refused(kind: str, state: Any) -> None:
+    def load(backend: Backend) -> None:
+        optimizer = KINDS[kind].make(backend)
+        advance(optimizer, 0, 0, 2)
+        before = everything(optimizer)
+        with pytest.raises(InputError, match=f"{type(optimizer).__name__}: "):
+            optimizer.load_state_dict(state)
+        assert everything(optimizer) == before
+
+    run_threads(1, load)
+
+
+def test_messages_say_what_was_expected_and_what_came(states: States) -> None:
+    def altered(kind: str, *path: Any, to: Any) -> dict[str, Any]:
+        state = copy.deepcopy(states[kind][0])
+        above = state
+        for key in path[:-1]:
+            above = above[key]
+        if to is KeyError:
+            del above[path[-1]]
+        else:
+            above[path[-1]] = to
+        return state
+
+    cases = [
+        ("OnebitAdam", altered("OnebitAdam", "state", 3, "exp_avg", to=KeyError), "of parameter 3 lacks exp_avg"),
+        (
+            "OnebitAdam",
+            altered("OnebitAdam", "state", 0, "exp_avg_sq", to=torch.zeros(7, 5)),
+            r"parameter 0 has exp_avg_sq float32 \(7, 5\), expected floating point numbers of shape \(5, 7\)",
+        ),
+        (
+            "OnebitAdam",
+            altered("OnebitAdam", "state", 0, "worker_error", to=torch.zeros(9)),
+            "has worker_error, of which",
+        ),
+        ("OnebitAdam", altered("OnebitAdam", "state", 0, "step", to=5), "has step 5, expected a tensor of one number"),
+        ("OnebitAdam", altered("OnebitAdam", "state", 77, to={}), r"has entries \[77\], which are of no parameter"),
+        (
+            "OnebitAdam",
+            altered("OnebitAdam", "param_groups", 0, "params", to=[0, 1, 2]),
+            r"have \[3, 3\] parameters, expected \[4, 3\]",
+        ),
+        ("OnebitAdam", altered("OnebitAdam", "param_groups", 1, "lr", to=-1.0), r"lr must be a number in \[0, inf\)"),
+        (
+            "OnebitAdam",
+            altered("OnebitAdam", "param_groups", 1, "step", to=1.5),
+            "group 1 .* has step=1.5, expected an int",
+        ),
+        ("OnebitAdam", altered("OnebitAdam", "onebit", "residuals", to=[]), "error feedback for 2 groups"),
+        ("OnebitAdam", altered("OnebitAdam", "onebit", "skipped_steps", to=KeyError), "lacks, or has more than"),
+        (
+            "OnebitAdam",
+            altered("OnebitAdam", "onebit", "residuals", 0, to=states["OnebitAdam"][0]["onebit"]["residuals"][1]),
+            r"feedback to load for group 0 is of tensors with \[1, 120, 54\] elements",
+        ),
+        ("OnebitAdam", states["ZeroOneAdam"][0], "interval_mean, .* of which OnebitAdam knows nothing"),
+        (
+            "ZeroOneAdam",
+            altered("ZeroOneAdam", "state", 0, "interval_mean", to=KeyError),
+            "parameter 0 lacks interval_mean",
+        ),
+        (
+            "ZeroOneAdam",
+            altered("ZeroOneAdam", "state", 0, "interval_rate", to=math.inf),
+            "has interval_rate inf, expected a finite float",
+        ),
+        (
+            "ZeroOneAdam",
+            altered(
+                "ZeroOneAdam",
+                "state",
+                0,
+                to={k: v for k, v in states["ZeroOneAdam"][0]["state"][0].items() if "interval" not in k},
+            ),
+            "some parameters are between synchronisations and others are not",
+        ),
+        ("OnebitLamb", altered("OnebitLamb", "state", 0, "coeff_mean", to=KeyError), "parameter 0 lacks coeff_mean"),
+        (
+            "OnebitAdam, auto",
+            altered("OnebitAdam, auto", "param_groups", 0, "freeze_history", to=(1.0, 2)),
+            "freeze_history of another form",
+        ),
+    ]
+
+    def load(backend: Backend) -> None:
+        for kind, state, message in cases:
+            optimizer = KINDS[kind].make(backend)
+            before = everything(optimizer)
+            with pytest.raises(InputError, match=message):
+                optimizer.load_state_dict(state)
+            assert everything(optimizer) == before
+
+    run_threads(1, load)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"capturable": False}], ids=str)
+def test_states_of_torchs_adamw_are_taken_with_the_options_it_was_made_with(options: dict[str, Any]) -> None:
+    def load(backend: Backend) -> None:
+        optimizer = KINDS["OnebitAdam"].make(backend)
+        params = all_params(optimizer)
+        torchs = torch.optim.AdamW([{"params": params[:4]}, {"params": params[4:]}], lr=0.5, **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        torchs.step()
+        optimizer.load_state_dict(through_a_file(torchs.state_dict()))
+        assert [group["step"] for group in optimizer.param_groups] == [1, 1]
+        assert optimizer.param_groups[0]["lr"] == 0.5
+        advance(optimizer, backend.rank, 1, 6)
+
+    run_threads(2, load)
