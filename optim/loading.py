@@ -137,10 +137,9 @@ def _check_parameter(owner: str, index: int, entry: Any, p: Tensor, own_keys: Co
             expected = "a tensor of one number" + (" of at least 0" if key in COUNTS else "")
         if not fits:
             raise InputError(f"{where} has {key} {_kind(value)}, expected {expected}; {REMEDY}")
-    if VARIANCE_STEP in entry and (float(entry[STEP]) > 0) != (float(entry[VARIANCE_STEP]) > 0):
-        raise InputError(
-            f"{where} has made {float(entry[STEP]):g} steps with a variance of {float(entry[VARIANCE_STEP]):g}; {REMEDY}"
-        )
+    made, updated = float(entry[STEP]), float(entry.get(VARIANCE_STEP, entry[STEP]))
+    if (made > 0) != (updated > 0):
+        raise InputError(f"{where} has {made:g} steps and a variance that stands for {updated:g}; {REMEDY}")
 
 
 def _check_progress(owner: str, g: int, group: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:

@@ -138,6 +138,16 @@ def test_the_first_fact_that_differs_is_told_also_when_only_some_ranks_have_it()
         assert "ranks 0, 2: 2; rank 1: none. Nothing" in message
 
 
+def test_the_order_in_which_ranks_list_their_facts_is_no_difference() -> None:
+    """As options in another order, after a rank has loaded a state that lists them so."""
+
+    def check(backend: Backend) -> None:
+        facts = {"lr": "1", "eps": "2", "betas": "3"}
+        agree(backend, "step", facts if backend.rank else dict(reversed(facts.items())))
+
+    run_threads(3, check)
+
+
 def test_a_refusal_is_raised_where_it_arose_and_told_to_the_others_before_any_other_difference() -> None:
     def compare(backend: Backend) -> str:
         refusal = InputError("too blue") if backend.rank == 1 else None
