@@ -9,6 +9,9 @@ PYTHON ?= python3
 NP     ?= 2
 RATE   ?= 1gbit
 
+STRIKES    ?= 312
+INJECTIONS ?= 2000
+
 VENV     := .venv
 PEER_VENV := out/peers
 DEEPSPEED := $(PEER_VENV)/.deepspeed
@@ -32,7 +35,7 @@ help: ## print this list
 	@sed -En 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
 		printf '%-12s %s\n' "$$target" "$$text"; done
 	@echo
-	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  PEERS=$(PEERS)'
+	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  PEERS=$(PEERS)  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)'
 
 .PHONY: setup
 setup: $(INSTALLED) ## build .venv with the versions of constraints.txt; needs the network the first time only
@@ -48,6 +51,10 @@ test: setup ## run all tests that this machine can run
 .PHONY: test-mpi
 test-mpi: setup ## run the tests over MPI with NP ranks
 	ONEBIT_TEST_NP=$(NP) $(BIN)/python -m pytest -m mpi
+
+.PHONY: torture
+torture: setup ## kill, stop and delay ranks and spoil gradients at random, STRIKES and INJECTIONS times; minutes
+	$(BIN)/python -m tests.faults.campaign --strikes $(STRIKES) --injections $(INJECTIONS) --output benchmarks/results
 
 .PHONY: lint
 lint: setup ## check style and types

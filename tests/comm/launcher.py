@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def run_ranks(
     timeout: float = 60.0,
     backend_timeout: float = 30.0,
     without: Collection[int] = (),
+    mpiexec_flags: Sequence[str] = (),
 ) -> list[Any]:
     """Call ``function(backend, *args)`` on every rank; returns their results by rank.
 
@@ -78,6 +79,7 @@ def run_ranks(
         backend_timeout: seconds that one collective may take.
         without: ranks of which no result is expected, for the function ends or stops them; they give None, and are
             killed once the others have ended.
+        mpiexec_flags: beside the usual ones; ``("--with-ft", "ulfm")``: the job survives a rank that is killed.
 
     Raises:
         RanksFailed: with the tracebacks and the last lines of the output; over threads, the rank's own error.
@@ -91,6 +93,7 @@ def run_ranks(
         args=args,
         backend_timeout=backend_timeout,
         timeout=timeout,
+        mpiexec_flags=tuple(mpiexec_flags),
     )
     with tempfile.TemporaryDirectory(prefix="onebit-ranks-") as name:
         folder = Path(name)
@@ -156,6 +159,7 @@ def _start_torch(folder: Path, job: Job, without: Collection[int]) -> dict[int, 
 def _start_mpi(folder: Path, job: Job, without: Collection[int]) -> dict[int, str]:
     """Run the ranks under mpiexec; returns how they ended as far as is known."""
     command = [mpiexec(), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(job.world_size)]
+    command += job.mpiexec_flags
     with (folder / "mpiexec.log").open("w") as log:
         process = subprocess.Popen(
             [*command, sys.executable, "-m", "tests.comm.mpi_rank", str(folder)],

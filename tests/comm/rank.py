@@ -38,6 +38,7 @@ class Job:
     args: tuple[Any, ...]
     backend_timeout: float
     timeout: float
+    mpiexec_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

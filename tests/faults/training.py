@@ -1,0 +1,122 @@
+"""The training that faults strike: small, with every phase of every optimizer, and the same on every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from onebit.comm import Backend, run_threads
+from onebit.optim import CompressedOptimizer, OnebitAdam, OnebitLamb, ZeroOneAdam, checkpoint
+from tests.comm.oracle import UNIT
+from tests.optim.samples import checksum, contents, values
+
+SHAPES = ((96, 64), (96,), (0,), (64, 96), ())
+STEPS = 18
+BUCKET_MB = 0.02  # several buckets, so that a fault finds some of them done and others on their way
+
+# All phases come within ten steps; an interval of 0/1 Adam is at most four steps long.
+MAKERS: dict[str, Any] = {
+    "OnebitAdam": lambda params, **options: OnebitAdam(params, freeze_step=3, variance_refresh=5, **options),
+    "OnebitLamb": lambda params, **options: OnebitLamb(params, freeze_step=3, **options),
+    "ZeroOneAdam": lambda params, **options: ZeroOneAdam(
+        params, var_freeze_step=4, var_update_scaler=1, local_step_scaler=2, local_step_clipper=4, **options
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one rank has after a number of steps.
+
+    Attributes:
+        contents: a checksum of parameters, moments and counts.
+        feedback: error feedback, in one vector.
+    """
+
+    contents: str
+    feedback: Tensor
+
+    @staticmethod
+    def of(optimizer: CompressedOptimizer) -> Moment:
+        saved = optimizer.state_dict()
+        counts = [group["step"] for group in saved["param_groups"]]
+        return Moment(checksum([contents(optimizer), counts]), feedback(saved))
+
+    def fits(self, expected: Moment) -> bool:
+        """Whether all is as expected; feedback that was put back, to within rounding.
+
+        Putting back takes fewer than 8 + 4n roundings of numbers that feedback exceeds at most a hundredfold; what
+        failed twice was put back twice.
+        """
+        if self.contents != expected.contents or self.feedback.shape != expected.feedback.shape:
+            return False
+        if not self.feedback.numel():
+            return True
+        bound = 2 * 24 * UNIT * 100 * float(expected.feedback.abs().max())
+        return bool((self.feedback - expected.feedback).abs().max() <= bound)
+
+    def equals(self, expected: Moment) -> bool:
+        """Whether all is as expected to the last bit."""
+        return self.contents == expected.contents and torch.equal(self.feedback, expected.feedback)
+
+
+def feedback(saved: dict[str, Any]) -> Tensor:
+    """All error feedback in a saved state, in one vector."""
+    parts = [residual[side] for residual in saved["onebit"]["residuals"] for side in ("worker", "server")
+             if side in residual]  # fmt: skip
+    return torch.cat([part.flatten() for part in parts]) if parts else torch.zeros(0)
+
+
+def make(name: str, backend: Backend) -> CompressedOptimizer:
+    params = [Parameter(values(i, shape=shape)) for i, shape in enumerate(SHAPES)]
+    split = len(params) // 2
+    groups = [{"params": params[:split]}, {"params": params[split:], "lr": 3e-3}]
+    optimizer: CompressedOptimizer = MAKERS[name](groups, lr=1e-2, bucket_mb=BUCKET_MB, backend=backend)
+    return optimizer
+
+
+def give_gradients(optimizer: CompressedOptimizer, rank: int, number: int) -> None:
+    """This rank's own gradients of one step; some are None."""
+    for i, p in enumerate(_params(optimizer)):
+        absent = (i + number + rank) % 5 == 0
+        p.grad = None if absent else values(i, number % 6, rank, shape=tuple(p.shape)) * (1 + number / 8)
+
+
+def undisturbed(name: str, world_size: int, steps: int = STEPS) -> list[list[Moment]]:
+    """What every rank has after each of 0 to `steps` steps in which nothing goes wrong, by threads."""
+
+    def train(backend: Backend) -> list[Moment]:
+        optimizer = make(name, backend)
+        seen = [Moment.of(optimizer)]
+        for number in range(steps):
+            give_gradients(optimizer, backend.rank, number)
+            optimizer.step()
+            seen.append(Moment.of(optimizer))
+        return seen
+
+    return run_threads(world_size, train)
+
+
+def save(optimizer: CompressedOptimizer, folder: Path) -> Path:
+    """Write this rank's checkpoint as a user does."""
+    return checkpoint.save(folder, optimizer, params=[p.detach() for p in _params(optimizer)])
+
+
+def load(name: str, backend: Backend, path: Path) -> CompressedOptimizer:
+    """A new optimizer that goes on from one rank's file, without a word to the others."""
+    saved = torch.load(path, weights_only=True)
+    optimizer = make(name, backend)
+    with torch.no_grad():
+        for p, value in zip(_params(optimizer), saved["extra"]["params"], strict=True):
+            p.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    return optimizer
+
+
+def _params(optimizer: CompressedOptimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
