@@ -250,16 +250,18 @@ class SettlingStep(FusedStep):
         self._work.settle_server(finite)
 
 
-def _masters(params: Sequence[Tensor], states: States, group: Mapping[str, Any]) -> list[Tensor | None]:
+def _masters(params: Sequence[Tensor], states: States, group: Mapping[str, Any]) -> Sequence[Tensor | None]:
     """The fp32 master of each parameter, row-major; None: it has none."""
     if not group["master_weights"]:
         return [None] * len(params)
-    masters: list[Tensor | None] = []
-    for p, state, value in zip(params, states, fp32_values(params, states, group), strict=True):
-        if value is not p:
-            state["master"] = value.contiguous()
-        masters.append(None if value is p else state["master"])
-    return masters
+    values = fp32_values(params, states, group)
+    masters = [None if value is p else value for p, value in zip(params, values, strict=True)]
+    rows = row_major(masters)
+    if rows is not masters:
+        for state, row in zip(states, rows, strict=True):
+            if row is not None:
+                state["master"] = row
+    return rows
 
 
 def row_major(tensors: Sequence[Row]) -> Sequence[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from onebit.compress.masks import masked_blocks
 from onebit.optim.gpu.blocks import Group, groups
 
 TYPES = ("f32", "bf16", "f16")  # numbered as `Type` in momentum.cu
+_DOUBLE, _WORD = struct.Struct("d"), struct.Struct("q")
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -105,4 +107,5 @@ def sorted_blocks(
 
 def bits(number: float) -> int:
     """A number as the 64-bit integer that a launch takes."""
-    return int(np.float64(number).view(np.int64))
+    word: int = _WORD.unpack(_DOUBLE.pack(number))[0]
+    return word
