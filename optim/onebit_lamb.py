@@ -11,10 +11,11 @@ from torch import Tensor
 from onebit.comm import CompressedWork
 from onebit.compress import InputError, SignCodec
 from onebit.optim import lamb
-from onebit.optim.base import CompressedOptimizer
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, is_frozen, measure, observe, warn_if_too_late
+from onebit.optim.fused_groups import FusedGroups
+from onebit.optim.fused_lamb import FusedLamb, lamb_kernels
 from onebit.optim.known import known_indices
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
@@ -22,7 +23,7 @@ from onebit.optim.options import check_adam_options, check_count, check_flags, c
 from onebit.optim.state_keys import LAYERWISE
 
 
-class OnebitLamb(CompressedOptimizer):
+class OnebitLamb(FusedGroups):
     """LAMB whose ranks exchange about one bit per parameter after a warm-up.
 
     Steps 1 to `freeze_step` are LAMB on the mean gradient, which is averaged in fp32: with u = m̂/(√v̂ + ε) + λ·x, each
@@ -123,10 +124,19 @@ class OnebitLamb(CompressedOptimizer):
 
     def phase(self, group: int = 0) -> str:
         """``"warmup"``, ``"compressed"`` or, with ``compress=False``, ``"dense"``: how a group's next step is made."""
-        chosen = self.param_groups[group]
-        if not chosen["compress"]:
-            return "dense"
-        return "compressed" if is_frozen(chosen, chosen["step"]) else "warmup"
+        self._pending.wait()
+        return _phase(self.param_groups[group], self.param_groups[group]["step"])
+
+    @property
+    def kernels(self) -> str:
+        """What makes compressed steps: ``"gpu"``, fused kernels, or ``"torch"``, its operations.
+
+        Fused kernels come with the codec's own on CUDA devices, with more than one rank and blocks of 1024. Between
+        their steps ``state_dict()`` has ``exp_avg`` but ``state`` does not.
+        """
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        fused = lamb_kernels(device, self._codec) if self.backend.size > 1 else None
+        return "torch" if fused is None else fused.name
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -165,10 +175,40 @@ class OnebitLamb(CompressedOptimizer):
         check_count("OnebitLamb", "total_steps", group["total_steps"], "the length of the training")
         _check_lamb_options(group)
 
+    def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
+        return len({_phase(group, group["step"] + made) for made in range(unknown + 1)}) > 1
+
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
-        if is_frozen(group, group["step"]):
-            return _Compressed(self, group, reducers)
+        if _phase(group, group["step"]) == "compressed":
+            return self._fused_exchange(group, reducers) or _Compressed(self, group, reducers)
+        self._unfuse(group, reducers)
+        self._forget_dead(reducers)
+        self._renew(reducers)  # whoever goes back to dense steps ends the compressed average that there was
         return _Dense(self, group, reducers)
+
+    def _fused_exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange | None:
+        """The compressed step by fused kernels; None: there are none, or nothing to average."""
+        known = self._known(group)
+        kernels = lamb_kernels(known.params[0].device, self._codec) if known.params else None
+        if kernels is None or reducers.backend.size == 1:
+            return None
+        gradients = self._gradients(group)
+        known.warn_of_others(gradients, reducers)
+        _refuse_without_coefficients(known.states, group)
+        fused = self._fused.get(reducers)
+        if fused is None:
+            reduce = self._average_of(reducers, [s["exp_avg_sq"] for s in known.states])
+            if not reduce.parts:
+                return None
+            fused = self._fused[reducers] = FusedLamb(kernels, reduce, known, self._layers_of(group))
+        return fused.exchange(group, known, known.of(gradients))
+
+
+def _phase(group: Mapping[str, Any], step: int) -> str:
+    """How a group makes the step that follows its first `step` ones: a function of its options and progress alone."""
+    if not group["compress"]:
+        return "dense"
+    return "compressed" if is_frozen(group, step) else "warmup"
 
 
 class _Dense:

@@ -1,29 +1,11 @@
 // The fused step of 1-bit Adam, one warp per block. onebit.optim.kernels says what each kernel computes and in which
 // order; every operation is rounded once. Pointers come from tables, so gradients are read where they lie.
 #include "any.cuh"
+#include "correction.cuh"
 #include "full.cuh"
 #include "ieee.cuh"
 #include "places.cuh"
-
-// Where the payloads of all chunks hold a block.
-struct Slot {
-    i64 words;  // in bytes
-    i64 scale;
-};
-
-__device__ __forceinline__ Slot slot_of(int block, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, i64 block_size) {
-    int chunk = block / (int)chunk_blocks;
-    i64 index = block - chunk * (int)chunk_blocks;
-    i64 payload = chunk * payload_bytes;
-    return {payload + index * (block_size / 8), payload + bits_bytes + 4 * index};
-}
-
-__device__ __forceinline__ const u32* words_at(const u8* payloads, Slot slot) {
-    return reinterpret_cast<const u32*>(payloads + slot.words);
-}
-__device__ __forceinline__ float* scale_at(const u8* payloads, Slot slot) {
-    return reinterpret_cast<float*>(const_cast<u8*>(payloads) + slot.scale);
-}
+#include "slots.cuh"
 
 // What kernels are given; those for whole blocks leave some of it aside. `numels`: where tensors end. `momenta`: addresses
 // of fp32 tensors, or null where `momentum` holds payloads. `params` is null where nothing is added to gradients.
@@ -328,11 +310,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) update_any(UPDATE_ARGUMENT
 }
 
 // ---- per tensor
-
-// 1 - beta^t, 1 without bias correction.
-__device__ __forceinline__ double correction(double beta, float t, bool corrected) {
-    return corrected ? 1.0 - pow(beta, double(t)) : 1.0;
-}
 
 // One thread per tensor: count a step and write rate, root and keep.
 extern "C" __global__ void adam_scalars(
