@@ -14,11 +14,13 @@ from onebit.comm import CompressedWork
 from onebit.compress import SignCodec
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.floor import raise_small_variances
 from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, measure, observe, warn_if_too_late
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, decay, local_momenta, wanted
-from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step
+from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step, check_number
+from onebit.optim.state_keys import EXTRA
 
 
 class OnebitAdam(FusedGroups):
@@ -29,9 +31,10 @@ class OnebitAdam(FusedGroups):
     `CompressedAllreduce`:  m = C(β₁·m + (1-β₁)·g),  x -= lr·(m / (1-β₁ᵗ)) / (√(v_T / (1-β₂ᵀ)) + ε).
     Algorithm: Tang et al. 2021, arXiv 2102.02888. Do not average gradients yourself and do not wrap the model in DDP.
 
-    An entry whose variance is 0 at the freeze is dead: its update, momentum and error feedback stay 0. A parameter
-    that had no gradient on any rank during warm-up is left alone for good. After the freeze a gradient that is None
-    counts as zero. With one rank nothing is compressed.
+    An entry whose variance is 0 at the freeze is dead: its update, momentum and error feedback stay 0. One whose
+    variance is far below its neighbours' would be thrown about by their scale, so it is raised; see `variance_floor`. A
+    parameter that had no gradient on any rank during warm-up is left alone for good. After the freeze a gradient that
+    is None counts as zero. With one rank nothing is compressed.
 
     Options of a group are those below up to `master_weights`, and ``compress``: False for a group that is to make
     warm-up's steps for ever, such as one of a few numbers that must be exact.
@@ -45,6 +48,8 @@ class OnebitAdam(FusedGroups):
         variance_refresh: k: every k-th step after the freeze averages gradients in fp32 instead and brings the variance
             up to date, as if they had been those of k steps: v <- β₂ᵏ·v + (1-β₂ᵏ)·g². Dead entries that have a gradient
             then come alive. None or 0: never.
+        variance_floor: √v of an entry becomes at least this share of the mean √v of its block when the variance is
+            frozen or refreshed, on more than one rank; see `onebit.optim.floor`. 0: the algorithm as published.
         adamw_mode: True: decoupled weight decay (AdamW); False: decay is added to the gradient (Adam).
         bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵗ out.
         master_weights: keep an fp32 copy, ``state["master"]``, of each parameter in bf16 or fp16 and update that.
@@ -72,6 +77,7 @@ class OnebitAdam(FusedGroups):
         freeze_step: int | str,
         total_steps: int | None = None,
         variance_refresh: int | None = None,
+        variance_floor: float = 0.1,
         adamw_mode: bool = True,
         bias_correction: bool = True,
         maximize: bool = False,
@@ -90,6 +96,7 @@ class OnebitAdam(FusedGroups):
             "freeze_step": freeze_step,
             "total_steps": total_steps,
             "variance_refresh": variance_refresh,
+            "variance_floor": variance_floor,
             "adamw_mode": adamw_mode,
             "bias_correction": bias_correction,
             "maximize": maximize,
@@ -123,6 +130,16 @@ class OnebitAdam(FusedGroups):
         for state in self.state.values():
             if "step" in state:  # where Adam or AdamW made it, every step updated the variance
                 state.setdefault("variance_step", state["step"].clone())
+        if EXTRA not in state_dict:
+            for group in self.param_groups:
+                self._raise_variances(group)
+
+    def _raise_variances(self, group: Mapping[str, Any]) -> None:
+        """Put the floor under the variances of a group whose next step is compressed."""
+        if _phase(group, group["step"]) == "compressed" and self.backend.size > 1:
+            states = [self.state[p] for p in group["params"] if "exp_avg_sq" in self.state.get(p, {})]
+            variances = [state["exp_avg_sq"] for state in states]
+            raise_small_variances(variances, group["variance_floor"], self._codec.block_size)
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         check_adam_options("OnebitAdam", group)
@@ -130,6 +147,7 @@ class OnebitAdam(FusedGroups):
         check_freeze_step("OnebitAdam", group["freeze_step"])
         check_count("OnebitAdam", "total_steps", group["total_steps"], "the length of the training")
         check_count("OnebitAdam", "variance_refresh", group["variance_refresh"], "steps between two, 0 for none", 0)
+        check_number("OnebitAdam", "variance_floor", group["variance_floor"], 0.0, 1.0)
 
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         return len({_phase(group, group["step"] + made) for made in range(unknown + 1)}) > 1
@@ -162,6 +180,7 @@ class _Dense:
     """Adam's own step on gradients averaged in fp32."""
 
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._optimizer = optimizer
         self._states = optimizer.state
         self._rank = reducers.backend.rank
         self._group = group
@@ -179,6 +198,7 @@ class _Dense:
         self._update([i for i, present in enumerate(self._mean.present) if present])
         if self._mean.note is not None:
             observe(self._group, self._mean.note, self._rank)
+        self._optimizer._raise_variances(self._group)
 
     def _update(self, used: Sequence[int]) -> None:
         if not used:
@@ -271,6 +291,7 @@ class _Refresh:
     """Momentum and variance from gradients averaged in fp32; error feedback waits for the next compressed step."""
 
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+        self._optimizer = optimizer
         self._frozen = _Frozen(optimizer, group, reducers)
         self._mean = MeanGradients(group["params"], self._frozen.gradients, reducers)
 
@@ -286,6 +307,7 @@ class _Refresh:
         means, ages = [mean.means[i] for i in indices], [every * mean.present[i] for i in indices]
         _take_in(frozen.group, frozen.params, frozen.states, means, ages)
         frozen.update()
+        self._optimizer._raise_variances(frozen.group)
 
 
 States = Sequence[dict[str, Any]]

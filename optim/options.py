@@ -54,14 +54,14 @@ def check_adam_options(owner: str, group: Mapping[str, Any]) -> None:
         if lr.numel() != 1:
             raise InputError(f"{owner}: lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
         lr = float(lr)
-    _check_number(owner, "lr", lr, 0.0, math.inf)
+    check_number(owner, "lr", lr, 0.0, math.inf)
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise InputError(f"{owner}: betas must be two numbers, got {betas!r}")
     for index, beta in enumerate(betas):
-        _check_number(owner, f"betas[{index}]", beta, 0.0, 1.0)
-    _check_number(owner, "eps", group["eps"], 0.0, math.inf)
-    _check_number(owner, "weight_decay", group["weight_decay"], 0.0, math.inf)
+        check_number(owner, f"betas[{index}]", beta, 0.0, 1.0)
+    check_number(owner, "eps", group["eps"], 0.0, math.inf)
+    check_number(owner, "weight_decay", group["weight_decay"], 0.0, math.inf)
 
 
 def check_freeze_step(owner: str, freeze_step: Any) -> None:
@@ -79,6 +79,7 @@ def check_count(owner: str, name: str, value: Any, what: str, least: int = 1) ->
         raise InputError(f"{owner}: {name} must be None or an int of at least {least}, {what}, got {value!r}")
 
 
-def _check_number(owner: str, name: str, value: Any, low: float, high: float) -> None:
+def check_number(owner: str, name: str, value: Any, low: float, high: float) -> None:
+    """Raise InputError unless a value is a number of [low, high)."""
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) < high:
         raise InputError(f"{owner}: {name} must be a number in [{low:g}, {high:g}), got {value!r}")

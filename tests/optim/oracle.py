@@ -12,6 +12,9 @@ multiple of what lies between measurements, w(t) = ‖v_t/(1 - β₂ᵗ)‖₁ a
 
     t - 1 is a multiple of max(Δ // 16, 1)     0.96 <= w(t-1)/w(t-1-Δ) <= 1/0.96     lr did not rise in t-Δ .. t
 
+After a dense step that a compressed one follows, √v of an entry that is not dead is raised to a tenth of the mean √v of
+those of its block.
+
 With ``variance_refresh=k`` steps T+k, T+2k, ... take the mean gradient for m and v <- β₂ᵏ·v + (1 - β₂ᵏ)·g².
 """
 
@@ -37,6 +40,7 @@ class Options:
     weight_decay: float = 1e-2
     freeze_step: int | str = 10
     variance_refresh: int = 0
+    variance_floor: float = 0.1
     compress: bool = True
     adamw_mode: bool = True
     bias_correction: bool = True
@@ -83,8 +87,11 @@ class OnebitAdam:
             self._norms[self._step] = self._norm()
             if self.options.freeze_step == "auto" and self.options.compress and self._stable():
                 self.frozen_at = self._step
+            if self._step == self.frozen_at and self.options.compress:
+                self._raise()
         elif self.options.variance_refresh and after % self.options.variance_refresh == 0:
             self._refresh(ranks, lr)
+            self._raise()
         else:
             self._compressed(ranks, lr)
 
@@ -146,6 +153,18 @@ class OnebitAdam:
             self._move(i, lr)
         if self.mean is not None:
             self.mean.masks = [self.v[i].reshape(-1) == 0 for i in used]
+
+    def _raise(self) -> None:
+        size = self._codec[0] or 1024
+        compressed = self._world_size > 1 and self.options.variance_refresh != 1
+        for v in self.v if compressed else ():
+            flat = v.reshape(-1)
+            for start in range(0, flat.size, size):
+                block = flat[start : start + size]
+                live = block > 0
+                if live.any():
+                    least = self.options.variance_floor * np.sqrt(block[live]).mean()
+                    block[live] = np.maximum(block[live], least**2)
 
     def _wanted(self, gradient: Floats | float, i: int) -> Floats:
         """The gradient of what is to become smaller."""
