@@ -1,4 +1,4 @@
-"""The kernels of 1-bit Adam's fused step on one GPU, against copy and against torch's fused AdamW."""
+"""The kernels of the fused steps on one GPU, against copy and against torch's fused AdamW."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from onebit.benchmarks.gpu_timing import CODEC, against, differing, make_row, ti
 from onebit.benchmarks.row import Row
 from onebit.comm import Part
 from onebit.compress.masks import pack_mask
+from onebit.optim.gpu.lamb import Measures
 from onebit.optim.gpu.local import LocalStep
 from onebit.optim.kernels import StepKernels
 from onebit.optim.kernels import step_kernels as kernels_for
+from onebit.optim.lamb import Layers
 
 BETA1, ALPHA, EPS = 0.9, 0.1, 1e-8
 _DEAD = (1 << 20, 100)  # one entry of so many is dead: few blocks have one, and all have
@@ -73,6 +75,7 @@ def step_kernels(numel: int, device: torch.device, rounds: int) -> list[Row]:
     for every in _DEAD:
         rows += _with_dead_entries(numel, every, device, rounds)
     rows.append(_local_step(numel, device, rounds))
+    rows += _lamb_step(numel, device, rounds)
     for row in rows:
         if row.numel == numel:
             row.ratios.update(against("copy", row, rows[0]))
@@ -215,3 +218,41 @@ def _local_step(numel: int, device: torch.device, rounds: int) -> Row:
         eps=EPS,
     )
     return make_row("local step of 0/1 Adam", grad.dtype, numel, 32 * numel, timed(step.make, rounds), None)
+
+
+def _lamb_step(numel: int, device: torch.device, rounds: int) -> list[Row]:
+    """1-bit LAMB's: what is measured before the update, and the whole step. Its tests say that it is right."""
+    step = _step(numel, torch.float32, False, device)
+    measures, fresh = Measures([numel], [0], device), step.variance.clone()
+    layers, variance_steps = Layers([{}], device), torch.ones(1, device=device)
+    layers.coeff_mean.fill_(1.0)
+    layers.coeff_weight.fill_(1.0)
+    finite = torch.tensor(True, device=device)
+    group = {
+        "lr": 1e-3,
+        "betas": (BETA1, 0.999),
+        "eps": EPS,
+        "weight_decay": 0.01,
+        "bias_correction": True,
+        "factor_min": 0.5,
+        "factor_max": 4.0,
+        "factor_threshold": 0.1,
+    }
+
+    def measure() -> None:
+        measures.begin(step.steps, variance_steps, group)
+        measures.measure(step.part, 0, step.momentum, [step.variance], [fresh], [step.param], group)
+        measures.finish(layers, step.scalars, group)
+
+    def all_of_them() -> None:
+        step.encode()
+        measure()
+        step.update()
+        step.settle(finite)
+
+    dtype, packed = step.param.dtype, step.momentum.numel()
+    moved = 16 * numel + 2 * packed, (12 + 16 + 12) * numel + 6 * packed
+    return [
+        make_row("measures of 1-bit LAMB", dtype, numel, moved[0], timed(measure, rounds), None),
+        make_row("all of 1-bit LAMB", dtype, numel, moved[1], timed(all_of_them, rounds), None),
+    ]
