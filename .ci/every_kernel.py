@@ -54,6 +54,10 @@ def step_kernels() -> None:
     for dtypes in local.DTYPES.values():
         local.test_a_step_is_that_of_separate_operations(dtypes)
     local.test_a_step_with_a_number_that_is_not_finite_adds_nothing(float("nan"), 0.25)
+    lamb: Any = importlib.import_module("tests.gpu.test_lamb_step")
+    lamb.SIZES = [*lamb.SIZES[:4], 9_000]
+    for dtypes in lamb.DTYPES.values():
+        lamb.test_variances_and_factors_are_those_of_float64(dtypes)
 
 
 def adam_kernels() -> None:
