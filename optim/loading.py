@@ -49,8 +49,9 @@ def check_state(
         check_options: raises for options of a group that are out of range; those not saved stay as they are.
     """
     extra = state_dict.get(EXTRA) if isinstance(state_dict, Mapping) else None
-    if isinstance(extra, Mapping) and extra.get(VERSION) != FORMAT:
-        raise InputError(f"{owner} state has version {FORMAT}, got {extra.get(VERSION)!r}")
+    version = extra.get(VERSION) if isinstance(extra, Mapping) else FORMAT
+    if type(version) is not int or version != FORMAT:
+        raise InputError(f"{owner} state has version {FORMAT}, got {version!r}")
     _check_groups(owner, state_dict, [group["params"] for group in groups])
     numels = []
     for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):

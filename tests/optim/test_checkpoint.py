@@ -16,8 +16,8 @@ from torch import Tensor
 
 from onebit.comm import Backend, InputError, run_threads
 from onebit.optim import CompressedOptimizer, checkpoint, sharded
-from onebit.optim.state_keys import ALWAYS, EXTRA, NEVER_SAVED, PER_RANK
-from tests.optim.resumable import KINDS, STEPS, advance, copies, put
+from onebit.optim.state_keys import ALWAYS, EXTRA, NEVER_SAVED, PER_RANK, SHAPED
+from tests.optim.resumable import KINDS, STEPS, advance, copies, everything, put
 from tests.optim.samples import all_params, through_a_file
 
 WAYS = ("state_dict", "files", "sharded")
@@ -75,14 +75,16 @@ def test_a_resumed_run_is_bit_equal_to_one_without_a_break(
         optimizer = KINDS[kind].make(backend, dtype)
         advance(optimizer, backend.rank, 0, stop, bad)
         saved = save(optimizer, way, folder)
-        return saved, advance(optimizer, backend.rank, stop, STEPS, bad)
+        return saved, [everything(optimizer), *advance(optimizer, backend.rank, stop, STEPS, bad)]
 
     def second(backend: Backend, folder: Path, saved: list[Any]) -> list[Any]:
         optimizer = KINDS[kind].make(backend, dtype)
         if used:  # steps of another run that must leave no trace
             advance(optimizer, backend.rank, 50, 58)
         load(optimizer, way, folder, saved)
-        return advance(optimizer, backend.rank, stop, STEPS, bad)
+        for p, entry in optimizer.state.items():
+            assert all(entry[key].stride() == p.stride() for key in SHAPED & entry.keys())
+        return [everything(optimizer), *advance(optimizer, backend.rank, stop, STEPS, bad)]
 
     with tempfile.TemporaryDirectory() as name:
         results = run_threads(world_size, first, Path(name))

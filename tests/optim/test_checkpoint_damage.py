@@ -70,6 +70,15 @@ def emptied(folder: Path) -> None:
     (folder / FILES[1]).write_bytes(b"")
 
 
+def with_a_wrong_bit(folder: Path) -> None:
+    """In error feedback, which differs by rank, so that no comparison of ranks would find it."""
+    content = bytearray((folder / FILES[1]).read_bytes())
+    loaded = torch.load(folder / FILES[1], weights_only=True)
+    worker = loaded["optimizer"]["onebit"]["residuals"][0]["worker"].numpy().tobytes()
+    content[content.index(worker) + 9] ^= 1
+    (folder / FILES[1]).write_bytes(content)
+
+
 def of_something_else(folder: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, folder / FILES[1])
 
@@ -114,6 +123,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     removed: r"lacks the files of ranks \[1\] of 2; the save was not finished: take an older checkpoint",
     truncated: "cannot be read, for it is damaged or weights_only refuses it",
     emptied: "cannot be read, for it is damaged or weights_only refuses it",
+    with_a_wrong_bit: r"rank-00001-of-00002\.pt is damaged: the checksum of \S+ is wrong; take another checkpoint",
     of_something_else: "is not a checkpoint of version 1, as onebit.optim.checkpoint.save writes it",
     with_code_in_it: "cannot be read, for it is damaged or weights_only refuses it",
     of_another_version: "is not a checkpoint of version 1",

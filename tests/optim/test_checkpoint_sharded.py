@@ -30,7 +30,7 @@ def named(optimizer: CompressedOptimizer) -> dict[str, Tensor]:
 
 
 def save_all(backend: Backend, folder: Path) -> dict[str, Any]:
-    """Train, save and go on; by kind, the state that was saved and what came after every further step."""
+    """Train, save and go on; by kind, the state that was saved, the parameters, what came after each further step."""
     seen = {}
     for kind, steps in SAVED.items():
         optimizer = KINDS[kind].make(backend)
@@ -38,12 +38,13 @@ def save_all(backend: Backend, folder: Path) -> dict[str, Any]:
         state = {"model": named(optimizer), "optimizer": sharded.tensors_of(optimizer)}
         dcp.save(state, checkpoint_id=folder / kind)
         saved = optimizer.state_dict()
-        seen[kind] = (pickle.loads(pickle.dumps(saved)), advance(optimizer, backend.rank, steps, STEPS))
+        here = [bits(p) for p in all_params(optimizer)]
+        seen[kind] = (pickle.loads(pickle.dumps(saved)), here, advance(optimizer, backend.rank, steps, STEPS))
     return seen
 
 
 def load_all(backend: Backend, folder: Path) -> dict[str, Any]:
-    """Load and go on; by kind, what was loaded, what came after every further step, and the parameters in the end."""
+    """Load and go on; by kind, what was loaded, the parameters, what came after each further step, the parameters."""
     seen = {}
     for kind, steps in SAVED.items():
         optimizer = KINDS[kind].make(backend)
@@ -51,9 +52,9 @@ def load_all(backend: Backend, folder: Path) -> dict[str, Any]:
         state = {"model": named(optimizer), "optimizer": sharded.room_for(optimizer, sizes, prefix="optimizer.")}
         dcp.load(state, checkpoint_id=folder / kind)
         sharded.load(optimizer, state["optimizer"])
-        loaded = state_bits(optimizer.state_dict())
+        loaded, here = state_bits(optimizer.state_dict()), [bits(p) for p in all_params(optimizer)]
         after = advance(optimizer, backend.rank, steps, STEPS)
-        seen[kind] = (loaded, after, [bits(p) for p in all_params(optimizer)])
+        seen[kind] = (loaded, here, after, [bits(p) for p in all_params(optimizer)])
     return seen
 
 
@@ -69,7 +70,7 @@ def test_two_processes_go_on_bit_for_bit(two: tuple[Path, list[dict[str, Any]]])
     for before, after in zip(saved, run_ranks("gloo", 2, load_all, folder), strict=True):
         for kind in SAVED:
             assert after[kind][0] == state_bits(before[kind][0])
-            assert after[kind][1] == before[kind][1]
+            assert after[kind][1:3] == before[kind][1:]
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -82,7 +83,7 @@ def test_another_number_of_processes_has_what_reshard_makes_of_the_states(
         for kind in SAVED:
             expected = reshard([before[kind][0] for before in saved], rank, world_size)
             assert seen[kind][0] == state_bits(expected)
-            assert seen[kind][2] == results[0][kind][2]  # replicas are equal; 0/1 Adam's interval has ended
+            assert seen[kind][3] == results[0][kind][3]  # replicas are equal; 0/1 Adam's interval has ended
 
 
 def test_what_is_common_is_written_once_and_all_is_tensors(two: tuple[Path, list[dict[str, Any]]]) -> None:
