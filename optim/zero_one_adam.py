@@ -161,10 +161,17 @@ class ZeroOneAdam(FusedGroups):
         Raises:
             TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
         """
-        for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
-            if is_open(self._known(group).states):
-                exchange = _Sync(self, group, reducers, steps=0)
-                exchange.commit()
+        exchanges: list[_Sync] = []
+        try:
+            for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
+                if is_open(self._known(group).states):
+                    exchanges.append(_Sync(self, group, reducers, steps=0))
+        except BaseException:
+            for exchange in exchanges:
+                exchange.undo()
+            raise
+        for exchange in exchanges:
+            exchange.commit()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -8,6 +8,7 @@ import pytest
 from torch import Tensor
 
 from onebit.comm import Backend, TransportError, run_threads
+from onebit.optim import ZeroOneAdam
 from tests.faults.training import MAKERS, Moment, give_gradients, make
 
 MADE = (2, 6, 9)  # steps before; what follows are steps of every phase that needs the other ranks
@@ -51,3 +52,35 @@ def test_a_rank_that_is_interrupted_in_a_collective_has_what_it_had_before_the_s
         assert Moment.of(optimizer).fits(before)
 
     run_threads(2, train)
+
+
+@pytest.mark.parametrize("fatal", [1, 3, 4, 5, 6, 8, 9])
+def test_a_synchronisation_is_made_in_all_groups_or_in_none(fatal: int) -> None:
+    def train(backend: Backend) -> int:
+        optimizer = make("ZeroOneAdam", backend)
+        assert isinstance(optimizer, ZeroOneAdam)
+        for number in range(7):
+            give_gradients(optimizer, backend.rank, number)
+            optimizer.step()
+        before, calls, original = Moment.of(optimizer), [], {}
+
+        def failing(name: str) -> Any:
+            def call(output: Tensor, input: Tensor) -> Any:
+                calls.append(name)
+                return 1 / 0 if len(calls) == fatal else original[name](output, input)
+
+            return call
+
+        for name in ("_all_to_all", "_all_gather"):
+            original[name] = getattr(backend, name)
+            setattr(backend, name, failing(name))
+        try:
+            optimizer.synchronize()
+        except TransportError:
+            assert Moment.of(optimizer).fits(before)
+        else:
+            assert not Moment.of(optimizer).fits(before)
+        return len(calls)
+
+    collectives = 8  # two for each of four buckets
+    assert run_threads(2, train) == [min(fatal, collectives)] * 2
