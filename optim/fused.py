@@ -161,12 +161,18 @@ class FusedStep:
     def undo(self) -> None:
         """Put error feedback back; the step is not made."""
         self._work.undo()
+        self._let_go()
 
     def commit(self) -> None:
         """Count the step and make it."""
         self._known.count()
         self._update()
         self._work.accept()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget the work, which knows this step: gradients are to be freed at once, not by the garbage collector."""
+        del self._work
 
     def _local_factors(self) -> dict[str, Any]:
         """What makes a momentum local; see `StepKernels.encode_momentum`."""
@@ -248,6 +254,7 @@ class SettlingStep(FusedStep):
         for part in self._average.reduce.parts:
             self._undo_encode(part, finite)
         self._work.settle_server(finite)
+        self._let_go()
 
 
 def _masters(params: Sequence[Tensor], states: States, group: Mapping[str, Any]) -> Sequence[Tensor | None]:

@@ -49,9 +49,13 @@ class FusedGroups(CompressedOptimizer):
                 packed["state"].update(zip([i for i, _ in known], whole, strict=True))
         return packed
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._looked_up.clear()  # it holds the states that there were
+
     def _count_made(self, group: dict[str, Any]) -> None:
-        known = self._looked_up.get(id(group["params"])) or self._known(group)  # what made it, whatever is there now
-        known.count()
+        made_by = self._looked_up.get(id(group["params"])) or self._known(group)
+        made_by.count()
 
     def _known(self, group: Mapping[str, Any]) -> Known:
         """The parameters of a group that have a variance, and their states."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ from torch.nn import Parameter
 from onebit.comm import Backend, run_threads
 from onebit.compress import SignCodec
 from onebit.optim import OnebitAdam, ZeroOneAdam
+from onebit.optim.fused import FusedMomentum
 from onebit.optim.known import Known
 from tests.comm.samples import bits, state_bits
 from tests.optim.samples import gradients, parameters, step, through_a_file, values
@@ -158,3 +161,40 @@ def test_counts_that_share_memory_are_saved_and_loaded_one_by_one() -> None:
         assert {float(state["step"]) for state in saved["state"].values()} <= {FREEZE + 2.0, FREEZE + 3.0}
 
     run_threads(2, train)
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_a_step_keeps_no_gradient_and_a_loaded_state_nothing_of_the_one_before(
+    settles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: what waits for the garbage collector is memory of the device meanwhile."""
+    original = FusedMomentum.__init__
+
+    def made(self: FusedMomentum, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.settles = settles
+
+    def train(backend: Backend) -> None:
+        params = parameters()
+        optimizer = OnebitAdam(params, freeze_step=FREEZE, backend=backend)
+        saved = [through_a_file(optimizer.state_dict())]
+        for number in range(FREEZE + 4):
+            given = gradients(params, backend.rank, number)
+            if number == FREEZE + 2 and given[0] is not None:
+                given[0].fill_(torch.nan)
+            step(optimizer, given)
+            if number >= FREEZE:
+                of_step = [weakref.ref(p.grad) for p in params]
+                del given
+                optimizer.zero_grad()
+                assert not any(reference() is not None for reference in of_step), number
+        before = [weakref.ref(state["exp_avg_sq"]) for state in optimizer.state.values()]
+        optimizer.load_state_dict(saved.pop())
+        assert not any(reference() is not None for reference in before)
+
+    monkeypatch.setattr(FusedMomentum, "__init__", made)
+    gc.disable()
+    try:
+        run_threads(2, train)
+    finally:
+        gc.enable()
