@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch.nn import Parameter
 from onebit.comm import Backend, Part, run_threads
 from onebit.compress import SignCodec
 from onebit.compress.masks import pack_mask
-from onebit.optim import OnebitLamb
+from onebit.optim import OnebitLamb, check_replicas
 from onebit.optim.fused import FusedMomentum
 from onebit.optim.gpu.lamb import Measures
 from onebit.optim.lamb import Layers
-from tests.optim.samples import contents, feedback, parameters, patchy, step, through_a_file, values
+from tests.comm.launcher import run_ranks
+from tests.comm.samples import state_bits
+from tests.gpu.test_fused_step import no_synchronisation
+from tests.optim.samples import contents, parameters, patchy, step, through_a_file, values
 
 DEVICE = "cuda"
 SIZES = [3000, 1, 5 * 1024, 40, 300_000]  # the last has so many blocks that several warps put them together
@@ -130,8 +134,8 @@ def make(
     measures.begin(steps, variance_steps, group, proceed)
     for part, payload in zip(case.parts, case.payloads, strict=True):
         momentum = payload if packed else [old[i] for i in part.used]
-        lists = ([tensors[i] for i in part.used] for tensors in (v, fresh, x))
-        measures.measure(part, part.used[0], momentum, *lists, group, proceed)
+        mine = [[tensors[i] for i in part.used] for tensors in (v, fresh, x)]
+        measures.measure(part, part.used[0], momentum, mine[0], mine[1], mine[2], group, proceed)
     measures.finish(layers, scalars, group, proceed)
     return Made([t.cpu() for t in fresh], layers, steps.cpu(), scalars.cpu())
 
@@ -298,14 +302,16 @@ def test_a_step_that_the_device_decides_about_is_the_step_that_the_host_decides_
         seen = []
         for number in range(FREEZE + 8):
             mine = given(params, backend.rank, number)
-            mine[-1] = values(10, number, backend.rank, shape=(40, 64)).to(DEVICE)
+            last = values(10, number, backend.rank, shape=(40, 64)).to(DEVICE)
             if number in (2, FREEZE, FREEZE + 1, FREEZE + 4) and backend.rank == number % backend.size:
-                mine[-1][3, 4] = math.inf
+                last[3, 4] = math.inf
+            mine[-1] = last
             step(optimizer, mine)
             for one in optimizer._fused.values():
                 one.settles = settles
             told = [row.tolist() for row in optimizer.lamb_coefficients(1).values()]
-            seen.append((contents(optimizer), feedback(optimizer), optimizer.skipped_steps, optimizer.phase(), told))
+            extra = state_bits(optimizer.state_dict()["onebit"])
+            seen.append((contents(optimizer), extra, optimizer.skipped_steps, optimizer.phase(), told))
         assert optimizer.skipped_steps == 4
         return seen
 
@@ -339,3 +345,87 @@ def test_dead_entries_move_by_decay_alone_and_going_back_to_dense_steps_takes_th
             torch.testing.assert_close(optimizer.state[p]["exp_avg"], saved[i]["exp_avg"] * 0.9)
 
     run_threads(2, train)
+
+
+# --- over NCCL
+
+
+def ready(backend: Backend) -> tuple[OnebitLamb, list[Parameter]]:
+    """An optimizer of one tensor of many blocks and small ones, two compressed steps after the freeze."""
+    params = [Parameter(torch.ones(shape, device=DEVICE)) for shape in [(3 << 20,), (1000, 7), (1,), ()]]
+    optimizer = optimizer_of(params, backend, freeze_step=1)
+    for p in params:
+        p.grad = torch.randn(p.shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(backend.rank))
+    for _ in range(3):
+        optimizer.step()
+    return optimizer, params
+
+
+def gradient(p: Tensor) -> Tensor:
+    """The gradient in place, flat."""
+    assert p.grad is not None
+    return p.grad.view(-1)
+
+
+def check_a_step_waits_for_nothing_good_or_bad(backend: Backend) -> None:
+    optimizer, params = ready(backend)
+    with no_synchronisation():
+        for number in range(6):
+            gradient(params[0])[77:78].fill_(torch.nan if number in (2, 3) and backend.rank == 0 else 1.0)
+            optimizer.step()
+    assert optimizer.skipped_steps == 2
+    assert optimizer.param_groups[0]["step"] == 7
+    check_replicas(optimizer)
+
+
+def check_its_work_can_be_captured_and_replayed(backend: Backend) -> None:
+    eager, eager_params = ready(backend)
+    optimizer, params = ready(backend)
+
+    def work() -> None:
+        with torch.no_grad():
+            exchange: Any = optimizer._exchange(optimizer.param_groups[0], optimizer._of_groups()[0])
+            exchange.settle(exchange.all_finite())
+
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    for number in range(3):
+        if number:
+            graph.replay()
+        eager.step()
+        torch.cuda.synchronize()
+        for i, (p, q) in enumerate(zip(params, eager_params, strict=True)):
+            wrong = int((p != q).sum())
+            assert not wrong, f"after {number} replays {wrong} of {p.numel()} of parameter {i} differ from eager steps"
+
+
+CHECKS: list[Callable[[Backend], None]] = [
+    check_a_step_waits_for_nothing_good_or_bad,
+    check_its_work_can_be_captured_and_replayed,
+]
+
+
+def failures(backend: Backend) -> dict[str, str]:
+    """The traceback of each check that failed on this rank."""
+    found = {}
+    for check in CHECKS:
+        try:
+            check(backend)
+        except Exception:
+            found[check.__name__] = traceback.format_exc()
+        torch.cuda.synchronize()
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_over_nccl() -> None:
+    told = run_ranks("nccl", 2, failures, timeout=240.0)
+    texts = [f"rank {r}, {name}: {text}" for r, found in enumerate(told) for name, text in found.items()]
+    assert not texts, "\n".join(texts)

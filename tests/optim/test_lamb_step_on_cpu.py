@@ -11,7 +11,7 @@ import torch
 
 from onebit.comm import run_threads
 from onebit.compress import SignCodec
-from onebit.optim import fused_lamb
+from onebit.optim import OnebitLamb, fused_lamb
 from onebit.optim.gpu import lamb, momentum
 from tests.gpu import test_lamb_step as on_gpu
 from tests.optim import warps_on_cpu
@@ -77,6 +77,6 @@ def test_there_are_kernels_for_blocks_of_1024_alone() -> None:
     assert fused_lamb.lamb_kernels(cpu, SignCodec(block_size=None)) is None
 
     def kernels(backend: Any) -> str:
-        return on_gpu.OnebitLamb(on_gpu.start(), freeze_step=1, backend=backend).kernels
+        return OnebitLamb(on_gpu.start(), freeze_step=1, backend=backend).kernels
 
     assert run_threads(1, kernels) == ["torch"]
