@@ -41,6 +41,7 @@ NEVER_SAVED = frozenset(
         "_fused",
         "_layers",
         "_locals",
+        "_looked_up",
         "_pending",
         "_reducers",
         "_spec",
