@@ -28,8 +28,9 @@ def raise_small_variances(variances: Sequence[Tensor], fraction: float, block_si
     size = _BLOCK if block_size is None else block_size
     for v in variances if fraction else ():
         flat = v.contiguous().view(-1)
-        for part in flat.split(max(_AT_ONCE // size, 1) * size):
-            _raise(part, fraction, size)
+        step = max(_AT_ONCE // size, 1) * size
+        for start in range(0, flat.numel(), step):
+            _raise(flat[start : start + step], fraction, size)
         if flat.data_ptr() != v.data_ptr():
             v.copy_(flat.view(v.shape))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from onebit.comm import CompressedAllreduce
 from onebit.optim.base import CompressedOptimizer
 from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.floor import raise_small_variances
 from onebit.optim.fused import FusedMomentum
 from onebit.optim.kernels import step_kernels
 from onebit.optim.known import Known
@@ -72,6 +73,13 @@ class FusedGroups(CompressedOptimizer):
             reducers.remask(self._dead[reducers])
             self._told.add(reducers)
         return self._dead[reducers]
+
+    def _raise_variances(self, group: Mapping[str, Any]) -> None:
+        """Put the floor under a group's variances, which the next step uses for a compressed average."""
+        if self.backend.size > 1:
+            states = [self.state[p] for p in group["params"] if p in self.state]
+            variances = [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
+            raise_small_variances(variances, group["variance_floor"], self._codec.block_size)
 
     def _forget_dead(self, reducers: GroupReducers) -> None:
         """The variance is about to change."""

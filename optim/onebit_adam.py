@@ -14,7 +14,6 @@ from onebit.comm import CompressedWork
 from onebit.compress import SignCodec
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
-from onebit.optim.floor import raise_small_variances
 from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, measure, observe, warn_if_too_late
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.master import fp32_values, write_back
@@ -132,14 +131,8 @@ class OnebitAdam(FusedGroups):
                 state.setdefault("variance_step", state["step"].clone())
         if EXTRA not in state_dict:
             for group in self.param_groups:
-                self._raise_variances(group)
-
-    def _raise_variances(self, group: Mapping[str, Any]) -> None:
-        """Put the floor under the variances of a group whose next step is compressed."""
-        if _phase(group, group["step"]) == "compressed" and self.backend.size > 1:
-            states = [self.state[p] for p in group["params"] if "exp_avg_sq" in self.state.get(p, {})]
-            variances = [state["exp_avg_sq"] for state in states]
-            raise_small_variances(variances, group["variance_floor"], self._codec.block_size)
+                if _phase(group, group["step"]) == "compressed":
+                    self._raise_variances(group)
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         check_adam_options("OnebitAdam", group)
@@ -198,7 +191,8 @@ class _Dense:
         self._update([i for i, present in enumerate(self._mean.present) if present])
         if self._mean.note is not None:
             observe(self._group, self._mean.note, self._rank)
-        self._optimizer._raise_variances(self._group)
+        if _phase(self._group, self._group["step"]) == "compressed":
+            self._optimizer._raise_variances(self._group)
 
     def _update(self, used: Sequence[int]) -> None:
         if not used:
@@ -307,7 +301,8 @@ class _Refresh:
         means, ages = [mean.means[i] for i in indices], [every * mean.present[i] for i in indices]
         _take_in(frozen.group, frozen.params, frozen.states, means, ages)
         frozen.update()
-        self._optimizer._raise_variances(frozen.group)
+        if _phase(frozen.group, frozen.group["step"]) == "compressed":
+            self._optimizer._raise_variances(frozen.group)
 
 
 States = Sequence[dict[str, Any]]

@@ -19,7 +19,7 @@ from onebit.optim.fused_lamb import FusedLamb, lamb_kernels
 from onebit.optim.known import known_indices
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
-from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step
+from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step, check_number
 from onebit.optim.state_keys import LAYERWISE
 
 
@@ -53,6 +53,8 @@ class OnebitLamb(FusedGroups):
         max_coeff, min_coeff: bounds of c; published for BERT: 0.3 and 0.01.
         coeff_beta: how much of c̄ stays from step to step.
         factor_max, factor_min, factor_threshold: bounds of r, and of its change in one step; both bounds 1: no r.
+        variance_floor: √v of an entry becomes at least this share of the mean √v of its block at the freeze, on more
+            than one rank; see `onebit.optim.floor`. 0: the algorithm as published.
         bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵗ out.
         master_weights: keep an fp32 copy of parameters in half precision, so that small updates add up.
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
@@ -85,6 +87,7 @@ class OnebitLamb(FusedGroups):
         factor_max: float = 4.0,
         factor_min: float = 0.5,
         factor_threshold: float = 0.1,
+        variance_floor: float = 0.1,
         bias_correction: bool = True,
         maximize: bool = False,
         master_weights: bool = False,
@@ -107,6 +110,7 @@ class OnebitLamb(FusedGroups):
             "factor_max": factor_max,
             "factor_min": factor_min,
             "factor_threshold": factor_threshold,
+            "variance_floor": variance_floor,
             "bias_correction": bias_correction,
             "maximize": maximize,
         }
@@ -173,6 +177,7 @@ class OnebitLamb(FusedGroups):
         check_flags("OnebitLamb", group, "bias_correction", "maximize")
         check_freeze_step("OnebitLamb", group["freeze_step"])
         check_count("OnebitLamb", "total_steps", group["total_steps"], "the length of the training")
+        check_number("OnebitLamb", "variance_floor", group["variance_floor"], 0.0, 1.0)
         _check_lamb_options(group)
 
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
@@ -233,6 +238,8 @@ class _Dense:
         self._update([i for i, present in enumerate(self._mean.present) if present])
         if self._mean.note is not None:
             observe(self._group, self._mean.note, self._rank)
+        if _phase(self._group, self._group["step"]) == "compressed":
+            self._optimizer._raise_variances(self._group)
 
     def _update(self, indices: list[int]) -> None:
         if not indices:

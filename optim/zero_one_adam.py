@@ -34,7 +34,7 @@ from onebit.optim.local_steps import (
 )
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, local_momenta, wanted
-from onebit.optim.options import check_adam_options, check_flags
+from onebit.optim.options import check_adam_options, check_flags, check_number
 from onebit.optim.pending import PendingSteps
 from onebit.optim.policies import SyncPolicy, VariancePolicy
 from onebit.optim.state_keys import EXTRA, INTERVAL
@@ -75,6 +75,8 @@ class ZeroOneAdam(FusedGroups):
         var_update_scaler: the gap between variance steps doubles after this many of them.
         local_step_scaler: once the variance is frozen, the gap between synchronised steps doubles after so many steps.
         local_step_clipper: the longest gap between synchronised steps.
+        variance_floor: when a step follows that does not update v, √v of an entry becomes at least this share of the
+            mean √v of its block, on more than one rank; see `onebit.optim.floor`. 0: the algorithm as published.
         adamw_mode: True: decoupled weight decay (AdamW); False: decay is added to the gradient (Adam).
         bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵏ out.
         master_weights: keep an fp32 copy of parameters in half precision, so that small updates add up.
@@ -103,6 +105,7 @@ class ZeroOneAdam(FusedGroups):
         var_update_scaler: int = 16,
         local_step_scaler: int = 32678,
         local_step_clipper: int = 16,
+        variance_floor: float = 0.1,
         adamw_mode: bool = True,
         bias_correction: bool = True,
         maximize: bool = False,
@@ -122,6 +125,7 @@ class ZeroOneAdam(FusedGroups):
             "var_update_scaler": var_update_scaler,
             "local_step_scaler": local_step_scaler,
             "local_step_clipper": local_step_clipper,
+            "variance_floor": variance_floor,
             "adamw_mode": adamw_mode,
             "bias_correction": bias_correction,
             "maximize": maximize,
@@ -189,6 +193,7 @@ class ZeroOneAdam(FusedGroups):
     def _check_options(self, group: Mapping[str, Any]) -> None:
         check_adam_options("ZeroOneAdam", group)
         check_flags("ZeroOneAdam", group, "adamw_mode", "bias_correction", "maximize")
+        check_number("ZeroOneAdam", "variance_floor", group["variance_floor"], 0.0, 1.0)
         _policies(group)
 
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
@@ -311,6 +316,8 @@ class _Variance:
         move(values, momenta, variances, Reach.of(states, group), group["eps"])
         torch._foreach_add_([s["step"] for s in states], 1.0)
         write_back(params, values)
+        if _kind(group, group["step"]) != "variance":
+            optimizer._raise_variances(group)
 
 
 class _Local:

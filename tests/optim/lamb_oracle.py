@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.comm.oracle import CompressedMean, Floats
+from tests.optim.oracle import put_floor
 
 Gradients = Sequence[Floats | None]
 
@@ -42,6 +43,7 @@ class Options:
     factor_max: float = 4.0
     factor_min: float = 0.5
     factor_threshold: float = 0.1
+    variance_floor: float = 0.1
     bias_correction: bool = True
     maximize: bool = False
 
@@ -126,6 +128,8 @@ class OnebitLamb:
     def _freeze(self, used: Sequence[int]) -> None:
         o = self.options
         self._frozen_at = list(self.steps)
+        if self._world_size > 1:
+            put_floor(self.v, o.variance_floor, self._codec[0])
         self.fresh = [v.copy() for v in self.v]
         self.coefficients = [
             running / (1 - o.coeff_beta**steps) if steps else 1.0

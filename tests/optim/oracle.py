@@ -47,6 +47,18 @@ class Options:
     maximize: bool = False
 
 
+def put_floor(variances: Sequence[Floats], fraction: float, block_size: int | None) -> None:
+    """√v of an entry that is not 0 becomes at least `fraction` of the mean √v of those of its block, in place."""
+    size = block_size or 1024
+    for v in variances:
+        flat = v.reshape(-1)
+        for start in range(0, flat.size, size):
+            block = flat[start : start + size]
+            live = block > 0
+            if live.any():
+                block[live] = np.maximum(block[live], (fraction * np.sqrt(block[live]).mean()) ** 2)
+
+
 class OnebitAdam:
     """All ranks of one parameter group.
 
@@ -155,16 +167,8 @@ class OnebitAdam:
             self.mean.masks = [self.v[i].reshape(-1) == 0 for i in used]
 
     def _raise(self) -> None:
-        size = self._codec[0] or 1024
-        compressed = self._world_size > 1 and self.options.variance_refresh != 1
-        for v in self.v if compressed else ():
-            flat = v.reshape(-1)
-            for start in range(0, flat.size, size):
-                block = flat[start : start + size]
-                live = block > 0
-                if live.any():
-                    least = self.options.variance_floor * np.sqrt(block[live]).mean()
-                    block[live] = np.maximum(block[live], least**2)
+        if self._world_size > 1 and self.options.variance_refresh != 1:
+            put_floor(self.v, self.options.variance_floor, self._codec[0])
 
     def _wanted(self, gradient: Floats | float, i: int) -> Floats:
         """The gradient of what is to become smaller."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.comm.oracle import Bools, CompressedMean, Floats
+from tests.optim.oracle import put_floor
 
 Gradients = Sequence[Floats | None]
 
@@ -38,6 +39,7 @@ class Options:
     var_update_scaler: int = 16
     local_step_scaler: int = 32678
     local_step_clipper: int = 16
+    variance_floor: float = 0.1
     adamw_mode: bool = True
     bias_correction: bool = True
     maximize: bool = False
@@ -103,6 +105,8 @@ class ZeroOneAdam:
                 for r in self._ranks:
                     self.m[r][i] = o.betas[0] * self.m[r][i] + (1 - o.betas[0]) * g
                 self._meet(i, self.m[0][i])
+        if len(ranks) > 1 and self._next_variance != len(self.kinds) + 2:
+            put_floor(self.v, o.variance_floor, self._codec[0])
         if self.mean is not None:
             self.mean.masks = [self.v[i].reshape(-1) == 0 for i in self._used()]
             assert len(self.mean.masks) == len(self.mean.numels), "a parameter came to life after the first sync"
