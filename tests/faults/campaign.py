@@ -9,6 +9,7 @@ not finite. The status is 1 if anything was lost: a hang, ranks with different b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,8 @@ from tests.faults.strikes import LIMIT, Strikes, strike_all
 
 def _strike(kinds: Sequence[str], runs: int, options: argparse.Namespace) -> dict[tuple[str, str, str], Strikes]:
     tallies: dict[tuple[str, str, str], Strikes] = {}
-    with console.progress_bar(runs) as tell:
+    # Ctrl-C ends the strikes, and what was counted until then is kept.
+    with contextlib.suppress(KeyboardInterrupt), console.progress_bar(runs) as tell:
         for tallies in strike_all(kinds, runs, options.seed, options.ranks, options.limit):
             tell(f"{sum(tally.wrong for tally in tallies.values())} wrong")
     return tallies
