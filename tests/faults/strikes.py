@@ -26,7 +26,8 @@ class Strikes:
     Attributes:
         runs: strikes.
         survivors: ranks that were left to tell; of a victim that was stopped and went on its own word counts too.
-        raised: how many of these got a TransportError, `seconds` after the strike.
+        raised: how many of these got a TransportError, `seconds` after the strike; in the last collective they had
+            waited for `waits` seconds, while the rest went into what they did before, such as writing a checkpoint.
         unharmed: how many made all steps, with the bits of a run without a strike.
         hangs: runs that had not ended after 90 s.
         corrupt: checkpoints that did not load, or not to what the rank had when it wrote them.
@@ -44,6 +45,7 @@ class Strikes:
     wrong: int = 0
     slow: int = 0
     seconds: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
     places: Counter[str] = field(default_factory=Counter)
     said: list[str] = field(default_factory=list)
 
@@ -78,6 +80,7 @@ class Strikes:
         self.raised += len(raised)
         self.unharmed += len(reports) - len(raised)
         self.seconds += seconds
+        self.waits += [report.waited for report in raised]
         self.corrupt += sum(said.startswith("corrupt") for said in found)
         self.wrong += len(found)
         self.places[where] += 1
@@ -90,6 +93,7 @@ class Strikes:
         return {
             **{name: getattr(self, name) for name in counts},
             "seconds_until_raised": {"median": round(ordered[len(ordered) // 2], 3), "max": round(ordered[-1], 3)},
+            "longest_wait": round(max(self.waits, default=0.0), 3),
             "places": dict(self.places.most_common()),
         }
 
