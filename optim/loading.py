@@ -55,11 +55,11 @@ def check_state(
     _check_groups(owner, state_dict, [group["params"] for group in groups])
     numels = []
     for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+        check_options({**group, **saved})  # first, as an option that does not exist has a reason to tell
         entries = [state_dict["state"].get(index, {}) for index in saved["params"]]
         for index, entry, p in zip(saved["params"], entries, group["params"], strict=True):
             _check_parameter(owner, index, entry, p, own_keys)
         _check_progress(owner, g, saved, entries)
-        check_options({**group, **saved})
         numels.append([p.numel() for p, entry in zip(group["params"], entries, strict=True) if entry])
     if extra is not None:
         _check_extra(owner, extra, numels)

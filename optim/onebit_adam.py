@@ -14,12 +14,13 @@ from onebit.comm import CompressedWork
 from onebit.compress import SignCodec
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
-from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, measure, observe, warn_if_too_late
+from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, warn_if_too_late
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, decay, local_momenta, wanted
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step, check_number
 from onebit.optim.state_keys import EXTRA
+from onebit.optim.warmup import WarmupStep
 
 
 class OnebitAdam(FusedGroups):
@@ -169,37 +170,16 @@ def _phase(group: Mapping[str, Any], step: int) -> str:
     return "refresh" if every and (step + 1 - (frozen_since(group) or 0)) % every == 0 else "compressed"
 
 
-class _Dense:
+class _Dense(WarmupStep):
     """Adam's own step on gradients averaged in fp32."""
 
-    def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._optimizer = optimizer
-        self._states = optimizer.state
-        self._rank = reducers.backend.rank
-        self._group = group
-        params = group["params"]
-        variance = measure(group, [self._states.get(p, {}) for p in params], params[0].device) if params else None
-        self._mean = MeanGradients(params, optimizer._gradients(group), reducers, note=variance)
-
-    def all_finite(self) -> Tensor:
-        return self._mean.all_finite()
-
-    def undo(self) -> None:
-        """Nothing was changed."""
-
-    def commit(self) -> None:
-        self._update([i for i, present in enumerate(self._mean.present) if present])
-        if self._mean.note is not None:
-            observe(self._group, self._mean.note, self._rank)
-        if _phase(self._group, self._group["step"]) == "compressed":
-            self._optimizer._raise_variances(self._group)
+    def _next_phase(self) -> str:
+        return _phase(self._group, self._group["step"])
 
     def _update(self, used: Sequence[int]) -> None:
-        if not used:
-            return
         group = self._group
         params = [group["params"][i] for i in used]
-        states = [adam_state(self._states, p) for p in params]
+        states = [adam_state(self._optimizer.state, p) for p in params]
         means = [self._mean.means[i] for i in used]
         if any(s["step"] != s["variance_step"] for s in states):  # it was frozen for a while; torch knows one count
             _take_in(group, params, states, means, [1] * len(states))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 from onebit.comm import CompressedWork
 from onebit.compress import InputError, SignCodec
 from onebit.optim import lamb
-from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
-from onebit.optim.freeze import PROGRESS, is_frozen, measure, observe, warn_if_too_late
+from onebit.optim.freeze import PROGRESS, is_frozen, warn_if_too_late
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.fused_lamb import FusedLamb, lamb_kernels
 from onebit.optim.known import known_indices
@@ -21,6 +20,7 @@ from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step, check_number
 from onebit.optim.state_keys import LAYERWISE
+from onebit.optim.warmup import WarmupStep
 
 
 class OnebitLamb(FusedGroups):
@@ -216,43 +216,24 @@ def _phase(group: Mapping[str, Any], step: int) -> str:
     return "compressed" if is_frozen(group, step) else "warmup"
 
 
-class _Dense:
+class _Dense(WarmupStep):
     """LAMB's own step on gradients averaged in fp32."""
 
-    def __init__(self, optimizer: OnebitLamb, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._optimizer = optimizer
-        self._rank = reducers.backend.rank
-        self._group = group
-        params = group["params"]
-        states = [optimizer.state.get(p, {}) for p in params]
-        variance = measure(group, states, params[0].device) if params else None
-        self._mean = MeanGradients(params, optimizer._gradients(group), reducers, note=variance)
+    _optimizer: OnebitLamb
 
-    def all_finite(self) -> Tensor:
-        return self._mean.all_finite()
+    def _next_phase(self) -> str:
+        return _phase(self._group, self._group["step"])
 
-    def undo(self) -> None:
-        """Nothing was changed."""
-
-    def commit(self) -> None:
-        self._update([i for i, present in enumerate(self._mean.present) if present])
-        if self._mean.note is not None:
-            observe(self._group, self._mean.note, self._rank)
-        if _phase(self._group, self._group["step"]) == "compressed":
-            self._optimizer._raise_variances(self._group)
-
-    def _update(self, indices: list[int]) -> None:
-        if not indices:
-            return
+    def _update(self, used: Sequence[int]) -> None:
         group = self._group
-        params = [group["params"][i] for i in indices]
+        params = [group["params"][i] for i in used]
         layers = self._optimizer._layers_of(group)
         states = [adam_state(self._optimizer.state, p) for p in params]
-        for i, state in zip(indices, states, strict=True):
+        for i, state in zip(used, states, strict=True):
             layers.attach(i, state)
         values = fp32_values(params, states, group)
         momenta, variances = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        _update_moments(momenta, variances, [self._mean.means[i] for i in indices], group)
+        _update_moments(momenta, variances, [self._mean.means[i] for i in used], group)
         torch._foreach_add_([s["step"] for s in states], 1.0)
         torch._foreach_copy_([s["variance_step"] for s in states], [s["step"] for s in states])
 
@@ -262,7 +243,7 @@ class _Dense:
         if group["weight_decay"]:
             torch._foreach_add_(updates, values, alpha=group["weight_decay"])
         coeff = lamb.trust(lamb.norms(values), lamb.norms(updates), group)
-        layers.learn(layers.rows(indices), coeff, group["coeff_beta"])
+        layers.learn(layers.rows(used), coeff, group["coeff_beta"])
         lamb.move(values, updates, coeff * group["lr"])
         write_back(params, values)
 

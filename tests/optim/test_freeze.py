@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from onebit.comm import Backend, run_threads
 from onebit.comm.threads_backend import ThreadsBackend
-from onebit.optim import OnebitAdam, freeze, onebit_adam
+from onebit.optim import OnebitAdam, freeze, warmup
 from tests.comm.samples import arrays
 from tests.optim import oracle
 from tests.optim.samples import Gradients, contents, feedback, gradients, parameters, step, through_a_file, values
@@ -149,7 +149,7 @@ def test_ranks_that_add_up_in_another_order_decide_alike(monkeypatch: pytest.Mon
         assert backend is not None
         return measured if measured is None or backend.rank == 0 else measured * (1 + 0.03 * (args[0]["step"] % 2))
 
-    monkeypatch.setattr(onebit_adam, "measure", crooked)
+    monkeypatch.setattr(warmup, "measure", crooked)
     found = run_threads(3, frozen_at, STEADY)
     assert found[0] is not None
     assert len(set(found)) == 1
