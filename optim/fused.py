@@ -214,21 +214,28 @@ class FusedStep:
         average = self._average
         rows, variances = row_major(self._params), [state["exp_avg_sq"] for state in self._states]
         for part in average.reduce.parts:
-            self._kernels.decode_update(
-                part,
-                of_part(part, rows),
-                of_part(part, self._masters),
-                of_part(part, variances),
-                average.payload(part),
-                average.rows(part),
-                eps=self._group["eps"],
-                proceed=made,
-            )
+            self._move_part(part, of_part(part, rows), of_part(part, variances), made)
         if rows is not self._params:
             for p, row in zip(self._params, rows, strict=True):
                 if p is not row:
                     p.copy_(row)
         average.keep(self._states)
+
+    def _move_part(
+        self, part: Part, params: Sequence[Tensor], variances: Sequence[Tensor], made: Tensor | None
+    ) -> None:
+        """Move what a part holds, given as row-major tensors; its payloads become the momentum."""
+        average = self._average
+        self._kernels.decode_update(
+            part,
+            params,
+            of_part(part, self._masters),
+            variances,
+            average.payload(part),
+            average.rows(part),
+            eps=self._group["eps"],
+            proceed=made,
+        )
 
     def _count(self, made: Tensor | None) -> None:
         """Count the step, and write the scalars of the update."""
