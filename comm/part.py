@@ -52,12 +52,12 @@ class Part:
             given[layout.residual_span(s)] = rows[s.tensor].view(-1)[s.offset : s.offset + s.numel].float()
         if self.mask is not None:
             given[unpack_bits(self.mask)] = 0.0
-        said = self._said(operators)
+        said = self.said(operators)
         # A block that said NaN left its residual as it was.
         self.residual.copy_(torch.where(said.isnan(), self.residual, (self.residual + said) - given))
 
-    def _said(self, operators: SignOperators) -> Tensor:
-        """What `sent` decodes to, flat fp32 in block order; padding and masked elements are 0."""
+    def said(self, operators: SignOperators) -> Tensor:
+        """Return what `sent` decodes to, flat fp32 in block order; padding and masked elements are 0."""
         layout = self.layout.by_segment()
         flat = torch.zeros_like(self.residual)
         values = [flat[layout.residual_span(s)] for s in layout.segments]

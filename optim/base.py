@@ -18,6 +18,7 @@ from onebit.compress.kernels import DTYPES
 from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers
 from onebit.optim.loading import check_state
 from onebit.optim.options import check_count, check_flags, check_supported
+from onebit.optim.metrics import Metrics, metrics
 from onebit.optim.pending import PendingSteps
 from onebit.optim.replicas import check_replicas, checksums
 from onebit.optim.state_keys import COUNTS, EXTRA, FORMAT, SCALARS, SHAPED
@@ -122,6 +123,21 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their group starts at step 0, so it makes its own warm-up. Every rank must do the same.
+    def metrics(self, *, compression_error: bool = False) -> Metrics:
+        """Return this rank's numbers, for a logger; not collective, but waits for the device.
+
+        ``step`` is that of the group that has made the most, ``phase/0``, ``phase/1``, ... how each group's next one is
+        made. ``wire_bytes``, ``dense_bytes``, ``collectives`` and ``seconds/encode`` and so on are the sums of `stats`
+        since this optimizer was made or loaded a state; ``skipped_steps`` outlives that. ``residual_norm`` is the
+        Euclidean norm of all error feedback of this rank.
+
+        Args:
+            compression_error: add, by another pass over error feedback, ``compression_error``: the relative error of
+                what this rank sent last, ‖c - C(c)‖ / ‖c‖ with its feedback in c; absent as long as nothing was sent
+                compressed, and after a skipped step.
+        """
+        return metrics(self, compression_error)
+
 
         Raises:
             InputError: a parameter has an unsupported dtype or layout, or options are out of range; nothing was added.
@@ -228,6 +244,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         """Whether a group's next collectives depend on how many of the last `unknown` steps were made."""
         return unknown > 0
+
+    @abstractmethod
+    def phase(self, group: int = 0) -> str:
+        """How the next step of a parameter group is made; the subclasses say which phases they have."""
 
     def _count_made(self, group: dict[str, Any]) -> None:
         """Bring the host's counts up to date with a step of a group that `DeviceExchange.settle` has made."""

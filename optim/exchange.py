@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from onebit.comm import Backend, CompressedAllreduce, DenseAllreduce, Residual, Stats
+from onebit.comm import Backend, CompressedAllreduce, DenseAllreduce, Part, Residual, Stats
 from onebit.compress import SignCodec
 
 
@@ -80,6 +80,11 @@ class GroupReducers:
             self._compressed.set_mask(masks())
             self._stats.append(self._compressed.stats)
         return self._compressed
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """Those of the compressed average; none before it is made, and with one rank."""
+        return () if self._compressed is None else self._compressed.parts
 
     def remask(self, masks: Sequence[Tensor] | None) -> None:
         """Tell the compressed average, where it was made already, what takes no part from now on."""
