@@ -55,7 +55,8 @@ class GroupReducers:
         self._dense: DenseAllreduce | None = None
         self._compressed: CompressedAllreduce | None = None
         self._warned = False
-        self._stats: list[Stats] = []
+        self._dense_stats = Stats()  # of all dense averages: every refresh of a variance makes another one
+        self._stats = [self._dense_stats]
         self.residual = Residual() if residual is None else residual
 
     @property
@@ -67,7 +68,7 @@ class GroupReducers:
         """The fp32 average of tensors such as `like`; it holds 8 bytes per element until `compressed` is called."""
         if self._dense is None:
             self._dense = DenseAllreduce(like, self._backend(), bucket_mb=self._bucket_mb)
-            self._stats.append(self._dense.stats)
+            self._dense.stats = self._dense_stats
         return self._dense
 
     def compressed(self, like: Sequence[Tensor], masks: Callable[[], Sequence[Tensor] | None]) -> CompressedAllreduce:
