@@ -11,10 +11,10 @@ import torch.distributed
 from torch import Tensor
 
 from onebit.benchmarks.case import Case, Setting
-from onebit.benchmarks.group import gather
 from onebit.benchmarks.oracle import ROUNDING, spans, wrong_average
 from onebit.benchmarks.yardsticks import packed
 from onebit.comm import CompressedAllreduce
+from onebit.comm.numbers import gather_numbers
 
 
 @dataclass
@@ -97,7 +97,7 @@ def _compressed_check(state: Exchange) -> Callable[[], int]:
 def _differing(state: Exchange) -> int:
     """All elements, if this rank's outcome has other bytes than rank 0's; the ranks must agree bit for bit."""
     digest = zlib.crc32(state.tensor.view(torch.uint8).numpy().data)
-    digests = gather(state.setting.backend, [float(digest)])
+    digests = gather_numbers(state.setting.backend, [float(digest)])
     return 0 if digests[0] == digests[state.setting.backend.rank] else state.setting.numel
 
 

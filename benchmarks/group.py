@@ -1,11 +1,9 @@
-"""How the ranks of one run find each other, and how they share a few numbers."""
+"""How the ranks of one run find each other."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
-import torch
 import torch.distributed
 
 from onebit.comm import make_backend
@@ -32,14 +30,3 @@ def join(name: str | None, init_method: str | None = None) -> Backend:
     if name in TORCH_BACKENDS:
         raise SystemExit(f"--backend {name} needs ranks: torchrun --nproc-per-node 2 -m onebit.benchmarks ...")
     return make_backend(name)
-
-
-def gather(backend: Backend, values: Sequence[float]) -> list[list[float]]:
-    """Every rank's `values`, in rank order; as many on every rank."""
-    if backend.size == 1:
-        return [list(values)]
-    mine = torch.tensor(values, dtype=torch.float64, device=backend.device_type or "cpu")
-    everyone = mine.new_empty(backend.size * mine.numel())
-    backend.all_gather(everyone, mine).wait()
-    rows: list[list[float]] = everyone.view(backend.size, -1).tolist()
-    return rows

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from onebit.benchmarks.case import Case, Setting
-from onebit.benchmarks.group import gather
 from onebit.benchmarks.yardsticks import packed
 from onebit.comm import CompressedAllreduce, Residual
+from onebit.comm.numbers import gather_numbers
 from onebit.optim import OnebitAdam
 
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -65,7 +65,7 @@ class Training:
             held = self.optimizer.state_dict()["state"][0]["exp_avg"]
             count = int((expected != self.param.detach()).sum()) + int((momentum != held).sum())
             digest = float(self.param.detach().view(torch.int32).sum(dtype=torch.int64))
-            digests = gather(setting.backend, [digest])
+            digests = gather_numbers(setting.backend, [digest])
             return count + (0 if digests[0] == digests[setting.backend.rank] else setting.numel)
 
         return wrong

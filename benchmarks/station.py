@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from onebit.benchmarks.case import Case, Setting
-from onebit.benchmarks.group import gather
 from onebit.benchmarks.link import Link
+from onebit.comm.numbers import gather_numbers
 
 # Seconds before each run: OpenMP's threads spin for some milliseconds after their work, on the cores of what runs next.
 SETTLE = 0.01
@@ -54,7 +54,7 @@ class Station:
         self.case.refresh(self.state)
         count = self.case.check(self.state)
         self.case.run(self.state)
-        self.wrong = int(sum(row[0] for row in gather(self.setting.backend, [float(count())])))
+        self.wrong = int(sum(row[0] for row in gather_numbers(self.setting.backend, [float(count())])))
 
     def forget(self) -> None:
         """Drop what warm-up runs measured."""
@@ -68,7 +68,7 @@ class Station:
 
     def slowest(self) -> list[float]:
         """The time of each round on its slowest rank; every rank calls it."""
-        return [max(times) for times in zip(*gather(self.setting.backend, self.seconds), strict=True)]
+        return [max(times) for times in zip(*gather_numbers(self.setting.backend, self.seconds), strict=True)]
 
     def bandwidths(self) -> np.ndarray:
         """Bytes per second of each round."""

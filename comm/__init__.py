@@ -11,6 +11,7 @@ from onebit.comm.registry import make_backend
 from onebit.comm.residual import Residual
 from onebit.comm.stats import Stats
 from onebit.comm.threads_backend import run_threads
+from onebit.comm.tuning import Tuning, tune
 from onebit.compress.errors import InputError, OnebitError
 
 __all__ = [
@@ -28,10 +29,12 @@ __all__ = [
     "Stats",
     "Traffic",
     "TransportError",
+    "Tuning",
     "Work",
     "agree",
     "broadcast",
     "compressed_allreduce",
     "make_backend",
     "run_threads",
+    "tune",
 ]

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onebit.comm.auto import BucketMode, Mode, check_mode, choose, mode_fact
 from onebit.comm.backend import Backend
 from onebit.comm.bucket import Bucket
 from onebit.comm.part import Part
+from onebit.comm.plain import PlainBucket, PlainPart
 from onebit.comm.residual import Place, Residual
 from onebit.comm.stats import Stats, fp32_bytes
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, all_finite, as_list, check_same, resolve
@@ -42,13 +44,16 @@ class CompressedAllreduce:
             fixed by them, values are not read.
         backend: None, a name, a process group, a communicator or a Backend; see `make_backend`.
         codec: what goes on the wire.
+        mode: ``"compressed"``; ``"plain"``: float32 travels, and the error feedback waits as it is; ``"auto"``: per
+            bucket whichever `tune` finds faster here, which it measures first, in seconds, unless it has before.
         bucket_mb: MiB of fp32 per bucket; None: 16 for CPU tensors, 512 for CUDA tensors. Buckets are pipelined: one's
-            kernels run while another's bytes travel. The size changes no result.
+            kernels run while another's bytes travel. The size changes no result but what ``"auto"`` picks.
         residual: error feedback to carry on; None: start from zero.
 
     Attributes:
         backend: the resolved Backend.
         residual: the error feedback.
+        modes: ``"compressed"`` or ``"plain"`` for each bucket, the same on every rank.
         stats: bytes and times so far.
 
     Raises:
@@ -64,22 +69,27 @@ class CompressedAllreduce:
         backend: object = None,
         codec: SignCodec | None = None,
         *,
+        mode: Mode = "compressed",
         bucket_mb: float | None = None,
         residual: Residual | None = None,
     ) -> None:
+        check_mode(mode)
         tensors = as_list(like)
         self.codec = SignCodec() if codec is None else codec
         self.backend: Backend = resolve(tensors, backend)
         self.residual = Residual() if residual is None else residual
         bucket_mb = bucket_mb_for(tensors, bucket_mb)
-        options = {"codec": self.codec, "bucket_mb": bucket_mb}
         place = self._plan(tensors, max(int(bucket_mb * 2**20) // 4, 1))
+        fact = mode_fact(mode, self.backend, place.device, self.codec)
+        options = {"codec": self.codec, "bucket_mb": bucket_mb, "mode": fact}
         agree_on_tensors(self.backend, "CompressedAllreduce", tensors, options, self.residual.refusal(place))
         self.stats = Stats()
         self._like = [Kind.of(t) for t in tensors]
         self._device = place.device
         self._numel = sum(place.numels)
         self._operators = self.codec.unchecked(place.device)
+        numels = [layout.numel for layout in place.layouts]
+        self.modes: Sequence[BucketMode] = choose(mode, numels, self.backend, place.device, self.codec)
         self._buckets = self._make_buckets(place)
         self._masks: Sequence[Tensor] | None = None
         self._staging: dict[int, Tensor] = {}
@@ -127,9 +137,14 @@ class CompressedAllreduce:
             overlap: as for `start`.
 
         Raises:
-            InputError: the last work is not done; nothing was changed.
+            InputError: the last work is not done, or a bucket is plain; nothing was changed.
             TransportError: the transport refused to start; the error feedback is as before if `undo` was given.
         """
+        if "plain" in self.modes:
+            raise InputError(
+                f"rank {self.backend.rank}: start_with() fills compressed payloads, and this average has plain buckets "
+                f"(modes {', '.join(self.modes)}); make it with mode='compressed', or call start()"
+            )
         self._check_idle()
         work = CompressedWork(self, encode, undo)
         self._begin(work, overlap)
@@ -182,8 +197,9 @@ class CompressedAllreduce:
 
     def _make_buckets(self, place: Place) -> list[Bucket]:
         self.residual.bind(place)
-        parts = zip(place.layouts, self.residual.worker, self.residual.server, strict=True)
-        return [Bucket(self._operators, layout, self.backend, worker, server) for layout, worker, server in parts]
+        kinds = [PlainBucket if mode == "plain" else Bucket for mode in self.modes]
+        parts = zip(kinds, place.layouts, self.residual.worker, self.residual.server, strict=True)
+        return [kind(self._operators, layout, self.backend, worker, server) for kind, layout, worker, server in parts]
 
     def _check_idle(self) -> None:
         if self._flight is not None:
@@ -292,8 +308,12 @@ class CompressedWork:
         With one rank nothing is sent, and the tensors themselves are looked at. Masked elements may be anything.
         """
         if self._buckets:
-            parts = self._owner.parts
-            return self._owner._operators.all_finite([p.gathered for p in parts], [p.layout for p in parts])
+            plain = [part.mean for part in self._owner.parts if isinstance(part, PlainPart)]
+            signs = [part for part in self._owner.parts if not isinstance(part, PlainPart)]
+            if not signs:
+                return all_finite(plain)
+            finite = self._owner._operators.all_finite([p.gathered for p in signs], [p.layout for p in signs])
+            return finite & all_finite(plain) if plain else finite
         if self._given is None:
             return torch.ones((), dtype=torch.bool, device=self._owner._device)
         return all_finite(self._owner._taking_part(self._given))
