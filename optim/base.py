@@ -15,13 +15,15 @@ from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.tensors import describe
 from onebit.compress import InputError, SignCodec
 from onebit.compress.kernels import DTYPES
+from onebit.optim import copying
 from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers
 from onebit.optim.loading import check_state
-from onebit.optim.options import check_count, check_flags, check_supported
 from onebit.optim.metrics import Metrics, metrics
+from onebit.optim.options import check_count, check_flags, check_supported
 from onebit.optim.pending import PendingSteps
 from onebit.optim.replicas import check_replicas, checksums
 from onebit.optim.state_keys import COUNTS, EXTRA, FORMAT, SCALARS, SHAPED
+from onebit.optim.untraced import untraced
 
 _log = logging.getLogger(__name__)
 
@@ -121,8 +123,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     total.seconds[stage] = total.seconds.get(stage, 0.0) + seconds
         return total
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; their group starts at step 0, so it makes its own warm-up. Every rank must do the same.
     def metrics(self, *, compression_error: bool = False) -> Metrics:
         """Return this rank's numbers, for a logger; not collective, but waits for the device.
 
@@ -138,6 +138,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """
         return metrics(self, compression_error)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; their group starts at step 0, so it makes its own warm-up. Every rank must do the same.
 
         Raises:
             InputError: a parameter has an unsupported dtype or layout, or options are out of range; nothing was added.
@@ -151,6 +153,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
             raise
         self._agreed = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedOptimizer:
+        """Copy parameters and state; every rank must do the same, for a copy's first step makes ranks agree anew."""
+        return copying.duplicate(self, self._settings(), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copying.reduced(self, self._settings())
+
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Average and update; collective: every rank must call it, also one without gradients.
@@ -165,8 +175,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
             MismatchError: at the first step, or after add_param_group: ranks differ in parameters or options. With
                 `check_every`: replicas are not equal any more; the step was made.
             TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
-            InputError: a gradient that cannot be averaged, such as a sparse one; nothing was changed.
+            InputError: a gradient that cannot be averaged, such as a sparse one, or a CUDA graph is being captured;
+                nothing was changed.
         """
+        self._refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -219,7 +231,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         for residual, saved in zip(residuals, extra["residuals"] if extra else (), strict=False):
             residual.load_state_dict(saved)
         defaults = [dict(group) for group in self.param_groups]
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        super().load_state_dict(dict(state_dict))
         self._restore_state(state_dict)
         for group, default in zip(self.param_groups, defaults, strict=True):
             steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, {})]
@@ -234,6 +246,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         check_state(type(self).__name__, state_dict, self.param_groups, self._own_keys, self._check_loaded_options)
 
     @abstractmethod
+    def phase(self, group: int = 0) -> str:
+        """How the next step of a parameter group is made; the subclasses say which phases they have."""
+
+    @abstractmethod
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
         """Send and receive what one group needs for its next step, changing nothing but error feedback."""
 
@@ -244,10 +260,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         """Whether a group's next collectives depend on how many of the last `unknown` steps were made."""
         return unknown > 0
-
-    @abstractmethod
-    def phase(self, group: int = 0) -> str:
-        """How the next step of a parameter group is made; the subclasses say which phases they have."""
 
     def _count_made(self, group: dict[str, Any]) -> None:
         """Bring the host's counts up to date with a step of a group that `DeviceExchange.settle` has made."""
@@ -270,6 +282,24 @@ class CompressedOptimizer(torch.optim.Optimizer):
             factor = torch.where(found_inf.to(factor) > 0, torch.nan, factor)
         unscaled = iter(torch._foreach_mul([g.float() for g in here], factor))
         return [None if g is None else next(unscaled) for g in given]
+
+    def _settings(self) -> dict[str, Any]:
+        """The constructor's options that are no group's."""
+        return {
+            "bucket_mb": self._bucket_mb,
+            "backend": self._spec,
+            "codec": self._codec,
+            "check_every": self._check_every,
+        }
+
+    def _refuse_capture(self) -> None:
+        """Raise InputError in the capture of a CUDA graph: a replay would count no step and never change its phase."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            raise InputError(
+                f"{type(self).__name__}.step: a CUDA graph is being captured, in which steps would not be counted and "
+                "phases not change; capture forward and backward, and call step after each replay; or capture "
+                "onebit.comm.CompressedAllreduce and onebit.optim.FusedAdam(capturable=True)"
+            )
 
     def _settle(self, exchanges: list[DeviceExchange], made: Tensor) -> None:
         """Leave it to the device whether the step is made."""

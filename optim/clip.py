@@ -10,8 +10,10 @@ from torch import Tensor
 
 from onebit.comm import Backend, make_backend
 from onebit.compress import InputError
+from onebit.optim.untraced import untraced
 
 
+@untraced
 @torch.no_grad()
 def clip_grad_norm_(
     source: torch.optim.Optimizer | Tensor | Iterable[Tensor],

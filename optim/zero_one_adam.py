@@ -38,6 +38,7 @@ from onebit.optim.options import check_adam_options, check_flags, check_number
 from onebit.optim.pending import PendingSteps
 from onebit.optim.policies import SyncPolicy, VariancePolicy
 from onebit.optim.state_keys import EXTRA, INTERVAL
+from onebit.optim.untraced import untraced
 
 _log = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ class ZeroOneAdam(FusedGroups):
         self._pending.wait()
         return _kind(self.param_groups[group], self.param_groups[group]["step"])
 
+    @untraced
     @torch.no_grad()
     def synchronize(self) -> None:
         """Make the parameters of all ranks equal now, by ending the interval that is under way; collective.
