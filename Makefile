@@ -89,6 +89,10 @@ $(DEEPSPEED):
 	$(PEER_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation deepspeed ninja
 	touch $@
 
+.PHONY: docs
+docs: setup ## build the documentation's site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .PHONY: wheel
 wheel: setup ## build dist/onebit-*.whl
 	rm -rf build/lib build/bdist.*
@@ -100,7 +104,7 @@ dist: setup ## build the source distribution and, from it, the wheel
 
 .PHONY: clean
 clean: ## delete everything that these targets have made, .venv too
-	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(PACKAGES) tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
@@ -117,7 +121,7 @@ $(REQUIREMENTS): pyproject.toml constraints.txt
 	@echo 'setting up $(VENV), about a minute:'
 	@{ $(PIP_INSTALL) -c constraints.txt setuptools && \
 	   $(PIP_INSTALL) -c constraints.txt --no-build-isolation --config-settings editable_mode=strict \
-		-e '.[mpi,bench,dev]'; \
+		-e '.[mpi,bench,docs,dev]'; \
 	} 2>&1 | tee $(VENV)/setup.log | while read -r verb name _; do case $$verb in \
 		Collecting|Processing) name=$${name##*/}; name=$${name%%-[0-9]*}; printf ' %s' "$${name%%[=<>~;]*}" ;; \
 		Installing) printf '\n unpacking\n' ;; esac; done \
