@@ -45,8 +45,10 @@ def loopback(ranks: int) -> list[Host]:
     return [Host(environment={"GLOO_SOCKET_IFNAME": "lo"})] * ranks
 
 
-def launch(hosts: Sequence[Host], arguments: Sequence[str]) -> None:
-    """Run `python -m onebit.benchmarks` with `arguments` as one Gloo rank on each of `hosts`; wait for all of them.
+def launch(hosts: Sequence[Host], arguments: Sequence[str], module: str = "onebit.benchmarks") -> None:
+    """Run `python -m MODULE` with `arguments` as one Gloo rank on each of `hosts`; wait for all of them.
+
+    Before its arguments the module gets ``--backend=gloo`` and ``--init_method=``, where the ranks meet.
 
     Ranks meet in a file, so that no route is needed but the one that is measured.
 
@@ -55,7 +57,7 @@ def launch(hosts: Sequence[Host], arguments: Sequence[str]) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="onebit-") as folder, held_signals() as release:
         meeting = f"--init_method=file://{Path(folder) / 'meeting'}"
-        own = [sys.executable, "-m", "onebit.benchmarks", "--backend=gloo", meeting, *arguments]
+        own = [sys.executable, "-m", module, "--backend=gloo", meeting, *arguments]
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank, host in enumerate(hosts):

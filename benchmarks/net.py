@@ -1,4 +1,4 @@
-"""`python -m onebit.benchmarks.net --rate 1gbit`: averages between two hosts joined by a link of that speed.
+"""`python -m onebit.benchmarks.net --rate 1gbit`: averages between hosts joined by links of that speed.
 
 The hosts are network namespaces of this machine, one rank in each; they share its processors. Needs root and iproute2.
 """
@@ -12,13 +12,15 @@ from pathlib import Path
 
 from onebit.benchmarks import console, record
 from onebit.benchmarks.launch import Host, RankError, launch
-from onebit.benchmarks.namespaces import Namespace, NetworkError, shaped_pair
+from onebit.benchmarks.namespaces import Namespace, NetworkError, shaped_hosts
 from onebit.benchmarks.sizes import parse_size, up_to
 
 
 def _parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.net", description=__doc__)
     flags.add_argument("--rate", default="1gbit", help="speed of the link, as tc writes it: 100mbit, 1gbit, 10gbit")
+    flags.add_argument("--hosts", type=int, default=2, help="how many; more than two are joined by a switch")
+    flags.add_argument("--delay", help="what packets are held back for, as tc writes it: 5ms (needs the queue netem)")
     flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON result")
     flags.add_argument(
         "-e", "--maxbytes", type=parse_size, default="64M", help="bytes of the largest tensor that is averaged"
@@ -33,16 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     wanted = [
         "--case=collectives",
-        f"--name=net-{options.rate}",
-        f"--link=two namespaces, {options.rate}",
+        f"--name={_name(options)}",
+        f"--link={options.hosts} namespaces, {options.rate}" + (f", {options.delay}" if options.delay else ""),
         f"--output={options.output}",
         *up_to(options.maxbytes),
         f"-n{options.iters}",
         f"--bucket_mb={options.bucket_mb}",
     ]
     try:
-        with shaped_pair(options.rate) as pair:
-            launch([_host(end) for end in pair], wanted)
+        with shaped_hosts(options.rate, options.hosts, options.delay) as hosts:
+            launch([rank_on(host) for host in hosts], wanted)
     except NetworkError as error:
         console.say(f"{error}", stderr=True)
         return error.status
@@ -55,12 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _host(end: Namespace) -> Host:
-    """A rank that lives in `end` and watches what leaves it."""
+def _name(options: argparse.Namespace) -> str:
+    """What the result is called: ``net-1gbit``, ``net-1gbit-4-hosts-5ms``."""
+    hosts = f"-{options.hosts}-hosts" if options.hosts != 2 else ""
+    return f"net-{options.rate}{hosts}" + (f"-{options.delay}" if options.delay else "")
+
+
+def rank_on(host: Namespace) -> Host:
+    """A rank that lives on `host` and watches what leaves it."""
     return Host(
-        prefix=end.prefix,
-        environment={"GLOO_SOCKET_IFNAME": end.interface},
-        arguments=(f"--interface={end.interface}",),
+        prefix=host.prefix,
+        environment={"GLOO_SOCKET_IFNAME": host.interface},
+        arguments=(f"--interface={host.interface}",),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onebit.benchmarks import net, record
-from onebit.benchmarks.namespaces import FORBIDDEN, MISSING, NetworkError, shaped_pair
+from onebit.benchmarks.namespaces import FORBIDDEN, MISSING, NetworkError, shaped_hosts
 
 FakeTool = Callable[[str, str], None]
 
@@ -31,7 +31,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTool:
 def allowed() -> bool:
     """Whether this process may make a shaped link, tried out."""
     try:
-        with shaped_pair("1gbit"):
+        with shaped_hosts("1gbit"):
             return True
     except NetworkError:
         return False
@@ -76,12 +76,37 @@ def test_namespaces_are_taken_away_when_shaping_fails(tool: FakeTool, tmp_path: 
     log = tmp_path / "log"
     tool("tc", "exit 2")
     tool("ip", f'echo "$*" >> {log}')
-    with pytest.raises(NetworkError), shaped_pair("1gbit"):
+    with pytest.raises(NetworkError), shaped_hosts("1gbit"):
         pytest.fail("there is no link")
     calls = log.read_text().splitlines()
     added = {call.split()[-1] for call in calls if call.startswith("netns add")}
     assert len(added) == 2
     assert added == {call.split()[-1] for call in calls if call.startswith("netns del")}
+
+
+def test_a_delay_is_a_queue_of_its_own_above_the_rate(tool: FakeTool, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tool("tc", f'echo "$*" >> {log}')
+    tool("ip", "exit 0")
+    with shaped_hosts("1gbit", delay="5ms"):
+        calls = [call.partition("qdisc add ")[2] for call in log.read_text().splitlines()]
+    assert len(calls) == 4
+    for first, second in zip(calls[::2], calls[1::2], strict=True):
+        assert "root handle 1: netem delay 5ms" in first
+        assert "parent 1:1 handle 10: tbf rate 1gbit" in second
+
+
+def test_a_kernel_that_cannot_delay_is_told_apart(tool: FakeTool, capsys: pytest.CaptureFixture[str]) -> None:
+    tool("ip", "exit 0")
+    tool("tc", "echo 'Error: Specified qdisc kind is unknown.' >&2; exit 2")
+    assert net.main(["--delay=5ms"]) == MISSING
+    assert "sch_netem" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hosts", [1, 251])
+def test_a_network_of_too_few_or_too_many_hosts_is_refused(hosts: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert net.main([f"--hosts={hosts}"]) == MISSING
+    assert f"2 to 250 hosts, not {hosts}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not allowed(), reason="needs root, iproute2 and a kernel that allows network namespaces")
@@ -99,6 +124,15 @@ class TestOnARealLink:
             # Headers, acknowledgements and a stray barrier come on top of the payload.
             assert row["wire_formula"] <= row["link_bytes"] <= 1.15 * row["wire_formula"] + 4096
 
+    def test_three_hosts_are_joined_by_a_switch_and_leave_nothing(self, tmp_path: Path) -> None:
+        before = namespaces()
+        assert net.main(["--rate=1gbit", "--hosts=3", "-e64K", "-n1", f"--output={tmp_path}"]) == 0
+        assert namespaces() <= before
+        [path] = tmp_path.glob("*-net-1gbit-3-hosts-*.json")
+        document = record.load(path)
+        assert document["run"]["ranks"] == 3
+        assert all(row["wrong"] == 0 for row in document["rows"])
+
     def test_a_rate_that_tc_does_not_know_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         before = namespaces()
         assert net.main(["--rate=fast"]) == MISSING
@@ -107,8 +141,8 @@ class TestOnARealLink:
 
     def test_namespaces_are_gone_after_an_interrupt(self) -> None:
         seen: set[str] = set()
-        with contextlib.suppress(KeyboardInterrupt), shaped_pair("1gbit") as pair:
-            seen = {end.name for end in pair} & namespaces()
+        with contextlib.suppress(KeyboardInterrupt), shaped_hosts("1gbit") as hosts:
+            seen = {host.name for host in hosts} & namespaces()
             raise KeyboardInterrupt
         assert len(seen) == 2
         assert not seen & namespaces()
