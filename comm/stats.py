@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from onebit.comm.backend import Backend
@@ -26,6 +26,19 @@ class Stats:
     wire_bytes: int = 0
     dense_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def total(parts: Iterable[Stats]) -> Stats:
+        """The sums of several counts, in a new object."""
+        total = Stats()
+        for part in parts:
+            total.calls += part.calls
+            total.collectives += part.collectives
+            total.wire_bytes += part.wire_bytes
+            total.dense_bytes += part.dense_bytes
+            for stage, seconds in part.seconds.items():
+                total.seconds[stage] = total.seconds.get(stage, 0.0) + seconds
+        return total
 
     def reset(self) -> None:
         """Start counting anew."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from onebit.comm import Backend, Residual, Stats, agree, make_backend
 from onebit.comm.allreduce import bucket_mb_for
+from onebit.comm.ddp import AveragingHook, unattached
 from onebit.comm.tensors import describe
 from onebit.compress import InputError, SignCodec
 from onebit.compress.kernels import DTYPES
@@ -49,6 +50,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         unsupported: keyword arguments that the subclass does not know, to be refused.
         bucket_mb, backend, codec: as for `onebit.comm.CompressedAllreduce`.
         check_every: k: every k-th call of `step` ends with `check_replicas`; None: it is not called.
+
+    Attributes:
+        gradients_averaged: the gradients that the next `step` will find are means over ranks, exchanged already; set by
+            whoever has averaged them because `averages_next_step` said so, and False again after the step.
+        averager: what sets it, a hook of `onebit.comm.ddp.attach`; None: nothing does.
 
     Raises:
         InputError: an option is out of range or unknown, or a parameter cannot be averaged.
@@ -93,6 +99,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._skipped_steps = 0
         self._check_every = check_every
         self._calls = 0
+        self.gradients_averaged = False
+        self.averager: AveragingHook | None = None
         super().__init__(params, defaults)
 
     @property
@@ -112,16 +120,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
     @property
     def stats(self) -> Stats:
         """Bytes and times of all averages of this rank so far, warm-up included; a new object each time."""
-        total = Stats()
-        for reducers in self._reducers:
-            for part in reducers.stats():
-                total.calls += part.calls
-                total.collectives += part.collectives
-                total.wire_bytes += part.wire_bytes
-                total.dense_bytes += part.dense_bytes
-                for stage, seconds in part.seconds.items():
-                    total.seconds[stage] = total.seconds.get(stage, 0.0) + seconds
-        return total
+        hook = [] if self.averager is None else [self.averager.stats]
+        return Stats.total([*(part for reducers in self._reducers for part in reducers.stats()), *hook])
+
+    def averages_next_step(self) -> bool:
+        """Whether the next step is made of the exact mean gradient in all groups: a function of options and progress.
+
+        Then gradients may be averaged before `step`, by who sets ``gradients_averaged``. Where some group compresses
+        they must be each rank's own. It waits for the device where the answer depends on it.
+        """
+        self._learn_what_matters()
+        return all(self._averages(group) for group in self.param_groups)
 
     def metrics(self, *, compression_error: bool = False) -> Metrics:
         """Return this rank's numbers, for a logger; not collective, but waits for the device.
@@ -175,18 +184,16 @@ class CompressedOptimizer(torch.optim.Optimizer):
             MismatchError: at the first step, or after add_param_group: ranks differ in parameters or options. With
                 `check_every`: replicas are not equal any more; the step was made.
             TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
-            InputError: a gradient that cannot be averaged, such as a sparse one, or a CUDA graph is being captured;
-                nothing was changed.
+            InputError: a gradient that cannot be averaged, such as a sparse one, or that another averages as well, or a
+                CUDA graph is being captured; nothing was changed.
         """
         self._refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._agree(self._refused_gradient())
-        self._pending.poll()
-        if any(self._schedule_depends_on(group, len(self._pending)) for group in self.param_groups):
-            self._pending.wait()
+        self._agree(self._refused_gradient() or self._refused_averages())
+        self._learn_what_matters()
         exchanges: list[Exchange] = []
         try:
             for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
@@ -202,6 +209,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             self._settle(settling, flags[0] if len(flags) == 1 else torch.stack(flags).all())
         else:
             self._decide(exchanges, made)
+        self.gradients_averaged = False
         self._calls += 1
         if self._check_every and self._calls % self._check_every == 0:
             check_replicas(self)
@@ -256,6 +264,16 @@ class CompressedOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raise InputError if an option of a group is out of range."""
+
+    def _averages(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group's next step is made of the exact mean gradient."""
+        return False
+
+    def _learn_what_matters(self) -> None:
+        """Hear of the steps whose outcome the next one's collectives depend on, waiting for the device if need be."""
+        self._pending.poll()
+        if any(self._schedule_depends_on(group, len(self._pending)) for group in self.param_groups):
+            self._pending.wait()
 
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         """Whether a group's next collectives depend on how many of the last `unknown` steps were made."""
@@ -385,6 +403,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     )
         return None
 
+    def _refused_averages(self) -> InputError | None:
+        """Why this step cannot be made of gradients that another has averaged, or would average; None if it can."""
+        refusal = None if self.averager is None else self.averager.before_step()
+        if refusal is not None or not self.gradients_averaged or self.averages_next_step():
+            return refusal
+        return InputError(
+            f"rank {self.backend.rank}: {type(self).__name__}: the gradients of this step were averaged, but it "
+            "compresses and needs each rank's own: average only if averages_next_step() says so, and change no option "
+            "between backward and step"
+        )
+
     def _refused_devices(self) -> InputError | None:
         """Why this rank's parameters cannot travel together; None if they can."""
         devices = {str(p.device) for group in self.param_groups for p in group["params"]}
@@ -407,7 +436,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         if refusal is not None and self._agreed:
             raise refusal
         if not self._agreed:
-            refusal = self._refused_devices() or refusal
+            refusal = self._refused_devices() or unattached(self) or refusal
             facts = self._facts() if self.backend.size > 1 and refusal is None else {}
             agree(self.backend, f"{type(self).__name__}.step", facts, refusal)
         self._agreed = True

@@ -29,7 +29,8 @@ class OnebitAdam(FusedGroups):
     Steps 1 to `freeze_step` are `torch.optim.AdamW` (or Adam) on the mean gradient, which is averaged in fp32. Then the
     variance is frozen, every rank adds its own gradient to the momentum, and the momentum is averaged by
     `CompressedAllreduce`:  m = C(β₁·m + (1-β₁)·g),  x -= lr·(m / (1-β₁ᵗ)) / (√(v_T / (1-β₂ᵀ)) + ε).
-    Algorithm: Tang et al. 2021, arXiv 2102.02888. Do not average gradients yourself and do not wrap the model in DDP.
+    Algorithm: Tang et al. 2021, arXiv 2102.02888. Do not average gradients yourself; a model in
+    `DistributedDataParallel` needs `onebit.comm.ddp.attach`.
 
     An entry whose variance is 0 at the freeze is dead: its update, momentum and error feedback stay 0. One whose
     variance is far below its neighbours' would be thrown about by their scale, so it is raised; see `variance_floor`. A
@@ -142,6 +143,9 @@ class OnebitAdam(FusedGroups):
         check_count("OnebitAdam", "total_steps", group["total_steps"], "the length of the training")
         check_count("OnebitAdam", "variance_refresh", group["variance_refresh"], "steps between two, 0 for none", 0)
         check_number("OnebitAdam", "variance_floor", group["variance_floor"], 0.0, 1.0)
+
+    def _averages(self, group: Mapping[str, Any]) -> bool:
+        return _phase(group, group["step"]) != "compressed"
 
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         return len({_phase(group, group["step"] + made) for made in range(unknown + 1)}) > 1
@@ -267,7 +271,9 @@ class _Refresh:
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self._optimizer = optimizer
         self._frozen = _Frozen(optimizer, group, reducers)
-        self._mean = MeanGradients(group["params"], self._frozen.gradients, reducers)
+        self._mean = MeanGradients(
+            group["params"], self._frozen.gradients, reducers, averaged=optimizer.gradients_averaged
+        )
 
     def all_finite(self) -> Tensor:
         return self._mean.all_finite()

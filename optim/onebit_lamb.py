@@ -32,8 +32,8 @@ class OnebitLamb(FusedGroups):
     of c and a factor r. It follows the variance v′ that the averaged momentum stands for: r = max((√v̂ + ε)/(√v̂′ + ε))
     over the tensor, damped by the share of weight decay in u, within [factor_min, factor_max], and at most
     factor_threshold of itself away from its last value.
-    Algorithms: You et al. 2020, arXiv 1904.00962; Li et al. 2021, arXiv 2104.06069. Do not average gradients yourself
-    and do not wrap the model in DDP.
+    Algorithms: You et al. 2020, arXiv 1904.00962; Li et al. 2021, arXiv 2104.06069. Do not average gradients
+    yourself; a model in `DistributedDataParallel` needs `onebit.comm.ddp.attach`.
 
     The published algorithm also brings all tensors' momenta to one size before they are compressed. Here no two tensors
     share a scale, so that would change nothing and is left out. c̄ is corrected for its start at 0.
@@ -179,6 +179,9 @@ class OnebitLamb(FusedGroups):
         check_count("OnebitLamb", "total_steps", group["total_steps"], "the length of the training")
         check_number("OnebitLamb", "variance_floor", group["variance_floor"], 0.0, 1.0)
         _check_lamb_options(group)
+
+    def _averages(self, group: Mapping[str, Any]) -> bool:
+        return _phase(group, group["step"]) != "compressed"
 
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         return len({_phase(group, group["step"] + made) for made in range(unknown + 1)}) > 1

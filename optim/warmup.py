@@ -27,7 +27,9 @@ class WarmupStep(ABC):
         params = group["params"]
         states = [optimizer.state.get(p, {}) for p in params]
         variance = measure(group, states, params[0].device) if params else None
-        self._mean = MeanGradients(params, optimizer._gradients(group), reducers, note=variance)
+        self._mean = MeanGradients(
+            params, optimizer._gradients(group), reducers, note=variance, averaged=optimizer.gradients_averaged
+        )
 
     def all_finite(self) -> Tensor:
         """0-dim bool, the same on every rank."""

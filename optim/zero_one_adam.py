@@ -55,7 +55,7 @@ class ZeroOneAdam(FusedGroups):
 
     Until `var_freeze_step` every step is a variance step or a synchronised one; then the variance is frozen and local
     steps begin. `onebit.optim.policies` has both schedules. Algorithm: Lu et al. 2022, arXiv 2202.06009. Do not average
-    gradients yourself and do not wrap the model in DDP.
+    gradients yourself; a model in `DistributedDataParallel` needs `onebit.comm.ddp.attach`.
 
     **Between synchronisations the parameters of ranks differ.** Call `synchronize` before you evaluate or save a model
     that all ranks are to share; a checkpoint to go on from needs every rank's own parameters and state. During an
@@ -198,6 +198,9 @@ class ZeroOneAdam(FusedGroups):
         check_number("ZeroOneAdam", "variance_floor", group["variance_floor"], 0.0, 1.0)
         _policies(group)
 
+    def _averages(self, group: Mapping[str, Any]) -> bool:
+        return _kind(group, group["step"]) == "variance" and not is_open(self._known(group).states)
+
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         return len({_kind(group, group["step"] + made) for made in range(unknown + 1)}) > 1
 
@@ -290,7 +293,9 @@ class _Variance:
         self._optimizer = optimizer
         self._group = group
         self._reducers = reducers
-        self._gradients = MeanGradients(group["params"], optimizer._gradients(group), reducers)
+        self._gradients = MeanGradients(
+            group["params"], optimizer._gradients(group), reducers, averaged=optimizer.gradients_averaged
+        )
 
     def all_finite(self) -> Tensor:
         return self._gradients.all_finite()
