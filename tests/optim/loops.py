@@ -55,6 +55,10 @@ def loss_of(model: Callable[[Tensor], Tensor], rank: int, number: int, rows: int
     return nn.functional.mse_loss(model(x).float(), y)
 
 
+def backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
 def test_error(model: nn.Module) -> float:
     """The squared error on data that no rank is trained on, without autocast."""
     with torch.no_grad():

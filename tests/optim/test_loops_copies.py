@@ -15,12 +15,12 @@ from torch import nn
 from onebit.comm import Backend, InputError, run_threads
 from onebit.compress import SignCodec
 from tests.comm.samples import bits, state_bits
-from tests.optim.loops import KINDS, STEPS, batch, loss_of, make, network
+from tests.optim.loops import KINDS, STEPS, backward, batch, loss_of, make, network
 
 
 def train_step(model: nn.Module, optimizer: Any, rank: int, number: int) -> None:
     optimizer.zero_grad()
-    loss_of(model, rank, number).backward()
+    backward(loss_of(model, rank, number))
     optimizer.step()
 
 
@@ -126,7 +126,7 @@ def test_a_compiled_loop_leaves_the_step_to_python_and_changes_no_bit(kind: str)
     for number in range(STEPS):
         for m in (model, twin):
             m.zero_grad()
-            loss_of(m, 0, number).backward()
+            backward(loss_of(m, 0, number))
         compiled()
         eager.step()
         assert bits(list(model.parameters())) == bits(list(twin.parameters()))
@@ -136,7 +136,7 @@ def test_a_compiled_loop_leaves_the_step_to_python_and_changes_no_bit(kind: str)
 def test_a_step_in_one_whole_graph_is_refused_by_torch_and_not_made(kind: str) -> None:
     model = network()
     optimizer = make(kind, model.parameters(), "single")
-    loss_of(model, 0, 0).backward()
+    backward(loss_of(model, 0, 0))
     before = bits(list(model.parameters()))
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
         torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)()
@@ -155,7 +155,7 @@ def test_a_compiled_model_is_trained_as_the_eager_one(kind: str, compiler: str) 
         call = torch.compile(model, backend=compiler) if compiled else model
         for x, y in inputs:
             optimizer.zero_grad()
-            nn.functional.mse_loss(call(x), y).backward()
+            backward(nn.functional.mse_loss(call(x), y))
             optimizer.step()
         return [p.detach().clone() for p in model.parameters()]
 
