@@ -119,12 +119,17 @@ class CompressedAllreduce:
         check_same(self.backend.rank, listed, self._like)
         self._check_idle()
         rows = self._rows(listed, copy=True) if self._buckets else listed
-        work = CompressedWork(self, lambda part: part.encode(self._operators, rows), self._codec_undo(rows), listed)
+        work = CompressedWork(self, *self.encoding(rows), listed)
         self._begin(work, overlap)
         return work
 
     def start_with(
-        self, encode: Callable[[Part], None], undo: Callable[[Part], None] | None = None, *, overlap: bool = True
+        self,
+        encode: Callable[[Part], None],
+        undo: Callable[[Part], None] | None = None,
+        *,
+        overlap: bool = True,
+        send: bool = True,
     ) -> CompressedWork:
         """As `start`, but `encode` fills `sent` and updates `residual` of each part; one part's bytes travel meanwhile.
 
@@ -135,6 +140,7 @@ class CompressedAllreduce:
             undo: puts `residual` of a part that was encoded back; called by `CompressedWork.undo`, and when the
                 transport fails. None: the caller does it where it catches the `TransportError`.
             overlap: as for `start`.
+            send: False: a part is encoded when `CompressedWork.send` is called for it, or else by `finish`.
 
         Raises:
             InputError: the last work is not done, or a bucket is plain; nothing was changed.
@@ -147,8 +153,17 @@ class CompressedAllreduce:
             )
         self._check_idle()
         work = CompressedWork(self, encode, undo)
-        self._begin(work, overlap)
+        self._begin(work, overlap, send)
         return work
+
+    def encoding(self, rows: Sequence[Tensor]) -> tuple[Callable[[Part], None], Callable[[Part], None]]:
+        """What `start_with` takes, `encode` and `undo`, for the codec's own encoder.
+
+        Args:
+            rows: contiguous tensors like those that this was made for; read when their part is encoded, and as they
+                were then when it is undone.
+        """
+        return lambda part: part.encode(self._operators, rows), lambda part: part.undo_encode(self._operators, rows)
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -207,21 +222,18 @@ class CompressedAllreduce:
                 f"rank {self.backend.rank}: start() again before the last work's wait(); its buffers are still in use"
             )
 
-    def _begin(self, work: CompressedWork, overlap: bool) -> None:
+    def _begin(self, work: CompressedWork, overlap: bool, send: bool = True) -> None:
         if self._buckets:
             self._flight = work
         self.stats.calls += 1
         self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
-        work._send(overlap)
+        if send:
+            work._send_all(in_line=not overlap and len(self._buckets) == 1)
 
     def _undo_flight(self) -> None:
         """A stage has failed: put back the error feedback of what was not averaged."""
         if self._flight is not None:
             self._flight._put_back(self._flight._undo_encode)
-
-    def _codec_undo(self, rows: Sequence[Tensor]) -> Callable[[Part], None]:
-        """How to undo an encoding of these row-major tensors."""
-        return lambda part: part.undo_encode(self._operators, rows)
 
     def _rows(self, tensors: Sequence[Tensor], copy: bool) -> list[Tensor]:
         """The tensors in row-major order: themselves, or for other strides a buffer, filled if `copy`."""
@@ -266,8 +278,49 @@ class CompressedWork:
         self._encode = encode
         self._undo_encode = undo_encode
         self._given = given
+        self._to_send = set(range(len(self._buckets)))
+        self._to_pass_on = set(self._to_send)
+        self._lost: set[int] = set()
         self._received = False
         self._stages = owner._stages
+
+    def send(self, index: int) -> None:
+        """Encode one part and start sending it, where `start_with` was told not to; every rank in the same order.
+
+        Raises:
+            TransportError: the transport refused to start; the error feedback of all parts is as before.
+        """
+        self._send(index, in_line=False)
+
+    def spoil(self, index: int) -> None:
+        """Instead of `send`: send NaN for this part and encode nothing, so that `all_finite` is false on all ranks.
+
+        Where no element of the part takes part, as all are masked, the others do not hear of it.
+        """
+        self._to_send.discard(index)
+        self._buckets[index].spoil()
+        with self._stages["all_to_all"]:
+            self._buckets[index].exchange(in_line=False)
+
+    def pass_on(self, index: int) -> None:
+        """Wait for phase 1 of a part that was sent and start phase 2; `finish` does it for those that are left.
+
+        Raises:
+            TransportError: a peer is dead or too slow; the error feedback of all parts is as before.
+        """
+        in_line = len(self._buckets) == 1  # what follows waits for it
+        bucket = self._buckets[index]
+        self._to_pass_on.discard(index)
+        with self._stages["all_to_all"]:
+            bucket.wait_exchange()
+        with self._stages["reduce_encode"]:
+            bucket.reduce_encode()
+        with self._stages["all_gather"]:
+            bucket.gather(in_line)
+
+    def forget(self, index: int) -> None:
+        """What this part has encoded has been overwritten since: an undoing makes its error feedback 0."""
+        self._lost.add(index)
 
     def wait(self) -> None:
         """Replace the tensors given to `start` by their mean over ranks.
@@ -356,7 +409,7 @@ class CompressedWork:
         if tensors is not None:
             listed = as_list(tensors)
             check_same(self._owner.backend.rank, listed, self._owner._like)
-            undo_encode = self._owner._codec_undo(self._owner._rows(listed, copy=True))
+            _, undo_encode = self._owner.encoding(self._owner._rows(listed, copy=True))
         elif undo_encode is None and any(bucket.encoded for bucket in self._buckets):
             raise InputError(
                 f"rank {self._owner.backend.rank}: undo() does not know what was encoded; give it the tensors, or tell "
@@ -377,24 +430,23 @@ class CompressedWork:
             bucket.undo_reduce(keep=finite)
         self.accept()
 
-    def _send(self, overlap: bool) -> None:
-        """Phase 1 up to the transport."""
-        in_line = not overlap and len(self._buckets) == 1
-        for bucket in self._buckets:
-            with self._stages["encode"]:
-                bucket.encode(self._encode)
-            with self._stages["all_to_all"]:
-                bucket.exchange(in_line)
+    def _send_all(self, in_line: bool) -> None:
+        for index in sorted(self._to_send):
+            self._send(index, in_line)
+
+    def _send(self, index: int, in_line: bool) -> None:
+        """Phase 1 of a part up to the transport."""
+        self._to_send.discard(index)
+        bucket = self._buckets[index]
+        with self._stages["encode"]:
+            bucket.encode(self._encode)
+        with self._stages["all_to_all"]:
+            bucket.exchange(in_line)
 
     def _reduce(self) -> None:
-        in_line = len(self._buckets) == 1  # what follows waits for it
-        for bucket in self._buckets:
-            with self._stages["all_to_all"]:
-                bucket.wait_exchange()
-            with self._stages["reduce_encode"]:
-                bucket.reduce_encode()
-            with self._stages["all_gather"]:
-                bucket.gather(in_line)
+        self._send_all(in_line=False)
+        for index in sorted(self._to_pass_on):
+            self.pass_on(index)
 
     def _receive(self, bucket: Bucket) -> None:
         with self._stages["all_gather"]:
@@ -407,8 +459,10 @@ class CompressedWork:
 
     def _put_back(self, undo_encode: Callable[[Part], None] | None) -> None:
         """Undo what is encoded; the worker's side only if it is known how."""
-        for bucket in self._buckets:
-            if bucket.encoded and undo_encode is not None:
+        for index, bucket in enumerate(self._buckets):
+            if bucket.encoded and index in self._lost:
+                bucket.part.residual.zero_()
+            elif bucket.encoded and undo_encode is not None:
                 undo_encode(bucket.part)
             if bucket.encoded:
                 bucket.undo_reduce()

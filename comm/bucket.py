@@ -77,6 +77,11 @@ class Bucket:
         encode(self.part)
         self.encoded, self._reduced = True, False
 
+    def spoil(self) -> None:
+        """Have the send buffer say NaN, in place of `encode`."""
+        self.part.sent.fill_(0xFF)
+        self._reduced = False
+
     def exchange(self, in_line: bool) -> None:
         """Start phase 1; `in_line` as for `Collective.start`."""
         self._exchange = self._all_to_all.start(in_line=in_line)

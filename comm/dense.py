@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.backend import Backend, Work
-from onebit.comm.stats import Stats, fp32_bytes
+from onebit.comm.stats import Stage, Stats, fp32_bytes
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, as_list, check_same, resolve
 from onebit.compress.errors import InputError
 from onebit.compress.layout import ceil_div
@@ -60,17 +60,39 @@ class DenseAllreduce:
             InputError: not the tensors this was made for, or the last work is not done; nothing was changed.
             TransportError: the transport refused to start.
         """
-        if self._in_flight:
-            raise InputError(f"rank {self.backend.rank}: start() again before the last work's wait()")
         listed = as_list(tensors)
         check_same(self.backend.rank, listed, self._like)
+        work = self.open(listed)
+        for index in range(len(self._buckets)):
+            work.send(index)
+        return work
+
+    def open(self, tensors: Sequence[Tensor]) -> DenseWork:
+        """As `start`, but a bucket is read and sent when `DenseWork.send` is called for it, or else by `wait`.
+
+        Args:
+            tensors: their places in this list may be filled until a bucket that uses them is sent.
+
+        Raises:
+            InputError: the last work is not done; nothing was changed.
+        """
+        if self._in_flight:
+            raise InputError(f"rank {self.backend.rank}: start() again before the last work's wait()")
         self.stats.calls += 1
         self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
-        for bucket in self._buckets:
-            with self.stats.stage("all_to_all", self.backend):
-                bucket.exchange(listed)
         self._in_flight = bool(self._buckets)
-        return DenseWork(self, listed)
+        return DenseWork(self, tensors)
+
+    @property
+    def buckets(self) -> Sequence[Sequence[int]]:
+        """Which tensors are, wholly or in part, in each bucket, in order; none with one rank."""
+        return [bucket.tensors for bucket in self._buckets]
+
+    def _stage(self, name: str) -> Stage:
+        return self.stats.stage(name, self.backend, self._end)
+
+    def _end(self) -> None:
+        self._in_flight = False
 
 
 class DenseWork:
@@ -79,6 +101,35 @@ class DenseWork:
     def __init__(self, owner: DenseAllreduce, tensors: Sequence[Tensor]) -> None:
         self._owner = owner
         self._tensors = tensors
+        self._buckets = owner._buckets
+        self._to_send = set(range(len(self._buckets)))
+        self._to_pass_on = set(self._to_send)
+
+    def send(self, index: int) -> None:
+        """Read one bucket and start sending it; every rank in the same order.
+
+        Raises:
+            TransportError: the transport refused to start.
+        """
+        self._to_send.discard(index)
+        with self._owner._stage("all_to_all"):
+            self._buckets[index].exchange(self._tensors)
+
+    def spoil(self, index: int) -> None:
+        """Instead of `send`: read nothing and send NaN, so that the mean is NaN on all ranks."""
+        self._to_send.discard(index)
+        with self._owner._stage("all_to_all"):
+            self._buckets[index].exchange(None)
+
+    def pass_on(self, index: int) -> None:
+        """Wait for what comes of a bucket that was sent, and send its mean; `wait` does it for those that are left.
+
+        Raises:
+            TransportError: a peer is dead or too slow.
+        """
+        self._to_pass_on.discard(index)
+        with self._owner._stage("all_to_all"):
+            self._buckets[index].reduce()
 
     def wait(self, out: Tensors | None = None) -> None:
         """Write the mean to `out`, shaped as the tensors given to `start`; None: over those.
@@ -89,16 +140,17 @@ class DenseWork:
         owner = self._owner
         targets = self._tensors if out is None else as_list(out)
         check_same(owner.backend.rank, targets, owner._like)
-        owner._in_flight = False
-        for bucket in owner._buckets:
-            with owner.stats.stage("all_to_all", owner.backend):
-                bucket.reduce()
-        for bucket in owner._buckets:
-            with owner.stats.stage("all_gather", owner.backend):
+        owner._end()
+        for index in sorted(self._to_send):
+            self.send(index)
+        for index in sorted(self._to_pass_on):
+            self.pass_on(index)
+        for bucket in self._buckets:
+            with owner._stage("all_gather"):
                 bucket.wait()
-        for bucket in owner._buckets:
+        for bucket in self._buckets:
             bucket.write(targets)
-        if not owner._buckets:
+        if not self._buckets:
             for target, tensor in zip(targets, self._tensors, strict=True):
                 if target is not tensor:
                     target.copy_(tensor)
@@ -110,15 +162,19 @@ class _DenseBucket:
     def __init__(self, backend: Backend, sizes: Sequence[int], start: int, end: int, device: torch.device) -> None:
         self._backend = backend
         self._pieces = list(_pieces(sizes, start, end))
+        self.tensors = [t for t, _, _ in self._pieces]
         self._numel = end - start
         padded = ceil_div(self._numel, backend.size) * backend.size
         self._mine, self._theirs = torch.zeros(2, padded, device=device)
         self._slots = list(self._mine[: self._numel].split([numel for _, _, numel in self._pieces]))
         self._work: Work | None = None
 
-    def exchange(self, tensors: Sequence[Tensor]) -> None:
-        # On CUDA this is a few kernels, however many tensors there are.
-        torch._foreach_copy_(self._slots, [_flat(tensors[t], offset, numel) for t, offset, numel in self._pieces])
+    def exchange(self, tensors: Sequence[Tensor] | None) -> None:
+        """Send what is here of these tensors, or NaN in its place."""
+        if tensors is None:
+            self._mine[: self._numel].fill_(torch.nan)
+        else:  # on CUDA this is a few kernels, however many tensors there are
+            torch._foreach_copy_(self._slots, [_flat(tensors[t], offset, numel) for t, offset, numel in self._pieces])
         self._work = self._backend.all_to_all(self._theirs, self._mine)
 
     def reduce(self) -> None:
