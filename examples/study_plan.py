@@ -29,6 +29,8 @@ class Run:
         lr: the peak learning rate.
         beta2: for Adam such that a variance frozen after warm-up has forgotten the first steps; for LAMB larger, for
             OnebitLamb's factor is a maximum over entries and sees what chance there is in a short mean.
+        clip: bound of the gradients' norm, 0 for none. It is what the ranks agree on, and in ZeroOneAdam, whose ranks do
+            not meet in every step, each rank's own.
         width, layers, heads, context: the transformer's; `width` is that of the hidden layers for "digits".
         held_out_batches: batches of held-out samples, as large as those of training.
         evaluations: how many times in the run the held-out loss is taken.
@@ -45,6 +47,7 @@ class Run:
     warmup: float = 0.15
     beta2: float
     eps: float = 1e-6
+    clip: float = 0.0
     width: int
     layers: int
     heads: int = 1
@@ -92,13 +95,14 @@ RECIPES = {
             "steps": 2500,
             "batch": 32,
             "weight_decay": 0.1,
+            "clip": 1.0,
             "width": 896,
             "layers": 13,
             "heads": 14,
             "context": 512,
             "held_out_batches": 32,
         },
-        family={"adamw": {"lr": 6e-4, "beta2": 0.95}, "lamb": {"lr": 5e-3, "beta2": 0.999}},
+        family={"adamw": {"lr": 6e-4, "beta2": 0.99}, "lamb": {"lr": 5e-3, "beta2": 0.999}},
     ),
 }
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from onebit.comm import DenseAllreduce, make_backend, run_threads
 from onebit.comm.backend import Backend
 from onebit.compress import set_num_threads
-from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam
+from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam, clip_grad_norm_
 
 
 @dataclass
@@ -114,6 +114,8 @@ def train(
         computed, sent, collectives = time.perf_counter(), backend.traffic.wire_bytes, backend.traffic.collectives
         if average is not None:
             average([p.grad for p in parameters if p.grad is not None])
+        if run.clip:
+            _clip(optimizer, parameters, run.clip)
         optimizer.step()
         schedule.step()
         if number + 1 == run.steps and isinstance(optimizer, ZeroOneAdam):
@@ -136,6 +138,14 @@ def train(
     record.skipped_steps = getattr(optimizer, "skipped_steps", 0)
     record.checksums = checksums(parameters, backend)
     return record
+
+
+def _clip(optimizer: Optimizer, parameters: list[nn.Parameter], bound: float) -> None:
+    """Bound the gradients' norm: of their mean, or by one factor for all ranks, or each rank its own."""
+    if isinstance(optimizer, (OnebitAdam, OnebitLamb)):
+        clip_grad_norm_(optimizer, bound)
+    else:  # AdamW's gradients are averaged already, and ZeroOneAdam's ranks do not meet in every step
+        nn.utils.clip_grad_norm_(parameters, bound)
 
 
 def make_optimizer(run: Run, parameters: list[nn.Parameter], backend: Backend) -> Optimizer:

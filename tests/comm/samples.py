@@ -76,14 +76,14 @@ def normal(*seed: int, numel: int = 3000) -> Tensor:
 
 def arrays(tensors: Sequence[Tensor]) -> list[oracle.Floats]:
     """The same numbers, exactly, flat in float64."""
-    return [t.detach().double().reshape(-1).numpy().copy() for t in tensors]
+    return [t.detach().double().reshape(-1).cpu().numpy().copy() for t in tensors]
 
 
 def bits(tensors: Tensor | Sequence[Tensor]) -> list[bytes]:
     """Every tensor's elements as bytes, in row-major order."""
     listed = [tensors] if isinstance(tensors, Tensor) else tensors
     rows = (t.detach().clone(memory_format=torch.contiguous_format).view(-1) for t in listed)
-    return [row.view(torch.uint8).numpy().tobytes() for row in rows]
+    return [row.view(torch.uint8).cpu().numpy().tobytes() for row in rows]
 
 
 def state_bits(state: Any) -> Any:
