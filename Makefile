@@ -11,6 +11,7 @@ RATE   ?= 1gbit
 
 STRIKES    ?= 312
 INJECTIONS ?= 2000
+SOAK       ?= 20000
 
 VENV     := .venv
 PEER_VENV := out/peers
@@ -35,7 +36,7 @@ help: ## print this list
 	@sed -En 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
 		printf '%-12s %s\n' "$$target" "$$text"; done
 	@echo
-	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  PEERS=$(PEERS)  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)'
+	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  PEERS=$(PEERS)  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)  SOAK=$(SOAK)'
 
 .PHONY: setup
 setup: $(INSTALLED) ## build .venv with the versions of constraints.txt; needs the network the first time only
@@ -53,8 +54,9 @@ test-mpi: setup ## run the tests over MPI with NP ranks
 	ONEBIT_TEST_NP=$(NP) $(BIN)/python -m pytest -m mpi
 
 .PHONY: torture
-torture: setup ## kill, stop and delay ranks and spoil gradients at random, STRIKES and INJECTIONS times; minutes
-	$(BIN)/python -m tests.faults.campaign --strikes $(STRIKES) --injections $(INJECTIONS) --output benchmarks/results
+torture: setup ## kill, stop and delay ranks, spoil gradients, and make SOAK steps; minutes on many cores
+	$(BIN)/python -m tests.faults.campaign --strikes $(STRIKES) --injections $(INJECTIONS) --soak $(SOAK) \
+		--output benchmarks/results
 
 .PHONY: lint
 lint: setup ## check style and types

@@ -1,65 +1,94 @@
-"""The fault campaign: strikes at hundreds of runs, thousands of bad numbers; counts what came of them, writes JSON.
+"""The fault campaign: strikes, bad numbers, wrong calls and a soak; counts what came of them and writes JSON.
 
-    python -m tests.faults.campaign --strikes 300 --injections 1000 --output benchmarks/results      (make torture)
+    python -m tests.faults.campaign --strikes 300 --injections 1000 --soak 20000 --output benchmarks/results
 
 Real processes over Gloo and MPI are killed, stopped and held up at random points; ranks as threads get numbers that are
-not finite. The status is 1 if anything was lost: a hang, ranks with different bits, a checkpoint that does not load.
+not finite; four processes make thousands of steps. The status is 1 if anything was lost: a hang, ranks with different
+bits, a checkpoint that does not load, memory that grows. `make torture` runs it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onebit.benchmarks import console, record
 from tests.comm.launcher import mpiexec
-from tests.faults.spoil import Tally, spoil_all
-from tests.faults.strikes import LIMIT, Strikes, strike_all
+from tests.faults.crew import crew, shares
+from tests.faults.soak import soak_all
+from tests.faults.spoil import Tally, spoiled
+from tests.faults.strikes import LIMIT, strike_all
+from tests.faults.training import MAKERS
+
+Row = dict[str, Any]
+SOAK_RANKS = 4
+JOBS = max(len(os.sched_getaffinity(0)) // 4, 1)  # two ranks wait for each other, their launcher for both
 
 
-def _strike(kinds: Sequence[str], runs: int, options: argparse.Namespace) -> dict[tuple[str, str, str], Strikes]:
-    tallies: dict[tuple[str, str, str], Strikes] = {}
-    # Ctrl-C ends the strikes, and what was counted until then is kept.
-    with contextlib.suppress(KeyboardInterrupt), console.progress_bar(runs) as tell:
-        for tallies in strike_all(kinds, runs, options.seed, options.ranks, options.limit):
-            tell(f"{sum(tally.wrong for tally in tallies.values())} wrong")
-    return tallies
-
-
-def _spoil(injections: int, seed: int) -> Tally:
-    logging.getLogger("onebit").setLevel(logging.ERROR)  # else every skipped step is told
-    torch.set_num_threads(1)
-    return [Tally(), *spoil_all(injections, seed)][-1]
-
-
-def _rows(tallies: Mapping[tuple[str, str, str], Strikes], spoiled: Tally) -> list[dict[str, Any]]:
-    rows = [
-        {"campaign": "strikes", "backend": kind, "optimizer": optimizer, "fault": fault, **tally.row()}
-        for (kind, optimizer, fault), tally in sorted(tallies.items())
+def _strikes(options: argparse.Namespace) -> list[Row]:
+    kinds = options.backends.split(",")
+    if "mpi" in kinds and (mpiexec() is None or find_spec("mpi4py") is None):
+        console.say("there is no mpi4py or no mpiexec here: nothing is struck over MPI", stderr=True)
+        kinds.remove("mpi")
+    tallies = {}
+    if options.strikes and kinds:
+        # Ctrl-C ends the strikes, and what was counted until then is kept.
+        with contextlib.suppress(KeyboardInterrupt), console.progress_bar(options.strikes) as tell:
+            struck = strike_all(kinds, options.strikes, options.seed, options.ranks, options.limit, options.jobs)
+            for tallies in struck:
+                tell(f"{sum(tally.wrong for tally in tallies.values())} wrong")
+    return [
+        {"campaign": "strikes", "backend": kind, "optimizer": name, "fault": fault, **tally.row(), "said": tally.said}
+        for (kind, name, fault), tally in sorted(tallies.items())
     ]
-    return [*rows, {"campaign": "bad numbers", "backend": "threads", **spoiled.row()}]
 
 
-def _show(result: record.Document) -> None:
-    strikes = [row for row in result["rows"] if row["campaign"] == "strikes"]
-    if strikes:
-        shown = ("backend", "optimizer", "fault", "runs", "raised", "unharmed", "hangs", "corrupt")
-        rows = [
-            {name: str(row[name]) for name in shown}
-            | {"seconds, at most": f"{row['seconds_until_raised']['max']:.1f}", "#wrong": str(row["wrong"])}
-            for row in strikes
-        ]
-        console.show_table("strikes at real processes", list(rows[0]), rows)
-    spoiled = {name: str(value) for name, value in result["rows"][-1].items() if isinstance(value, int)}
-    console.show_table("numbers that are not finite", list(spoiled), [spoiled])
+def _bad_numbers(options: argparse.Namespace) -> list[Row]:
+    total = Tally()
+    for tally in _shared_out(spoiled, options.injections, options):
+        total.take_in(tally)
+    return [{"campaign": "bad numbers", "backend": "threads", **total.row(), "said": total.said}]
+
+
+def _soak(options: argparse.Namespace) -> list[Row]:
+    if not options.soak:
+        return []
+    with crew(max(options.jobs // SOAK_RANKS, 1)) as workers:
+        return list(workers.map(soak_all, MAKERS, [SOAK_RANKS] * len(MAKERS), [options.soak] * len(MAKERS)))
+
+
+def _shared_out(work: Callable[[int, int], Any], total: int, options: argparse.Namespace) -> Iterator[Any]:
+    """Yield ``work(share, seed)`` of every worker as it comes; the shares sum to `total`."""
+    parts = shares(total, options.jobs)
+    with crew(options.jobs) as workers:
+        made = [workers.submit(work, part, options.seed * 1000 + i) for i, part in enumerate(parts)]
+        for one in as_completed(made):
+            yield one.result()
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """What a table shows of a row: its plain values, and the largest of what has one."""
+    shown = {name: str(value) for name, value in row.items() if isinstance(value, (str, int, float))}
+    most = {f"{name}, at most": str(value["max"]) for name, value in row.items() if "max" in _mapping(value)}
+    return {**shown, **most, "#wrong": shown["wrong"]}
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _show(rows: Sequence[Row]) -> None:
+    for campaign in dict.fromkeys(row["campaign"] for row in rows):
+        cells = [_cells(row) for row in rows if row["campaign"] == campaign]
+        columns = [name for name in cells[0] if name not in ("campaign", "wrong")]
+        console.show_table(campaign, columns, cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,26 +96,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = argparse.ArgumentParser(prog="python -m tests.faults.campaign", description=__doc__.splitlines()[0])
     flags.add_argument("--strikes", type=int, default=48, help="processes to kill, stop or hold up")
     flags.add_argument("--injections", type=int, default=1000, help="numbers that are not finite")
+    flags.add_argument("--soak", type=int, default=0, help="compressed steps of each optimizer on four ranks")
     flags.add_argument("--backends", default="gloo,mpi", help="what carries the runs that are struck")
-    flags.add_argument("--ranks", type=int, default=2, help="processes of a run")
-    flags.add_argument("--limit", type=float, default=LIMIT, help="seconds that one collective may take")
+    flags.add_argument("--ranks", type=int, default=2, help="processes of a run that is struck")
+    flags.add_argument("--limit", type=float, default=LIMIT, help="seconds that one collective may take in it")
+    flags.add_argument("--jobs", type=int, default=JOBS, help="how much is done side by side; a strike takes its ranks")
     flags.add_argument("--seed", type=int, default=0, help="another one, another campaign")
     flags.add_argument("--output", type=Path, help="folder for the JSON result (none: no JSON)")
     options = flags.parse_args(arguments)
-    kinds = options.backends.split(",")
-    if "mpi" in kinds and (mpiexec() is None or find_spec("mpi4py") is None):
-        console.say("there is no mpi4py or no mpiexec here: nothing is struck over MPI", stderr=True)
-        kinds.remove("mpi")
-    tallies = _strike(kinds, options.strikes, options) if kinds else {}
-    spoiled = _spoil(options.injections, options.seed)
-    run = {"ranks": options.ranks, "backend": "+".join(kinds), "link": "this machine"}
-    run |= {"strikes": options.strikes, "injections": options.injections, "seed": options.seed, "limit": options.limit}
-    result = record.make("torture", run, _rows(tallies, spoiled))
-    _show(result)
+    os.environ.setdefault("ONEBIT_NUM_THREADS", "1")  # ranks side by side would wait for each other's threads
+    rows = [*_strikes(options), *_bad_numbers(options), *_soak(options)]
+    settings = {name: value for name, value in vars(options).items() if name not in ("backends", "output")}
+    result = record.make("torture", {"backend": options.backends, "link": "this machine", **settings}, rows)
+    _show(rows)
     if options.output:
         console.say(f"JSON: {record.save(result, options.output)}")
-    for said in [said for tally in (*tallies.values(), spoiled) for said in tally.said]:
-        console.say(f"wrong: {said}", stderr=True)
+    for row in rows:
+        for said in row["said"]:
+            console.say(f"wrong: {row['campaign']}: {said}", stderr=True)
     return 1 if record.wrong(result) else 0
 
 

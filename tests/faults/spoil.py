@@ -11,7 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -107,20 +107,14 @@ class Tally:
     phases: Counter[str] = field(default_factory=Counter)
     said: list[str] = field(default_factory=list)
 
+    def take_in(self, other: Tally) -> None:
+        """Add what was counted elsewhere."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
     def row(self) -> dict[str, Any]:
         """The counts as they stand in a result."""
-        counts = (
-            "runs",
-            "injections",
-            "skipped",
-            "left_out",
-            "cut",
-            "bit_equal",
-            "within_rounding",
-            "signs",
-            "diverged",
-        )
-        named = {name: getattr(self, name) for name in (*counts, "wrong")}
+        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "said"}
         return {**named, "phases": dict(sorted(self.phases.items()))}
 
 
@@ -260,3 +254,8 @@ def spoil_all(injections: int, seed: int) -> Iterator[Tally]:
     while tally.injections < injections:
         spoil(Plan.draw(dice), tally)
         yield tally
+
+
+def spoiled(injections: int, seed: int) -> Tally:
+    """The counts of so many bad numbers."""
+    return [Tally(), *spoil_all(injections, seed)][-1]

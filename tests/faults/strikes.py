@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from itertools import cycle, product
+from itertools import cycle, islice, product
 from typing import Any
 
 from tests.comm.launcher import RanksFailed, run_ranks
+from tests.faults.crew import crew
 from tests.faults.endure import FAULTS, Plan, Report, endure, struck
 from tests.faults.training import MAKERS
 
@@ -112,17 +115,32 @@ def strike(plan: Plan) -> tuple[list[Report], str | None]:
 
 
 def strike_all(
-    kinds: Sequence[str], runs: int, seed: int, world_size: int = 2, limit: float = LIMIT
+    kinds: Sequence[str], runs: int, seed: int, world_size: int = 2, limit: float = LIMIT, jobs: int = 1
 ) -> Iterator[dict[tuple[str, str, str], Strikes]]:
-    """Make `runs` runs that count, with every backend, fault and optimizer in turn; yields the counts after each."""
+    """Make `runs` runs that count, `jobs` at a time, with every backend, fault and optimizer in turn.
+
+    Yields the counts after each.
+    """
     dice = random.Random(seed)
     tallies: dict[tuple[str, str, str], Strikes] = {}
-    for fault, optimizer, kind in cycle(product(FAULTS, MAKERS, kinds)):
-        if sum(tally.runs for tally in tallies.values()) >= runs:
-            return
-        with tempfile.TemporaryDirectory(prefix="onebit-faults-") as folder:
-            plan = Plan.draw(
-                dice, kind=kind, optimizer=optimizer, fault=fault, world_size=world_size, limit=limit, folder=folder
-            )
-            tallies.setdefault((kind, optimizer, fault), Strikes()).count(plan, *strike(plan))
-        yield tallies
+    turns = cycle(product(FAULTS, MAKERS, kinds))
+    under_way: dict[Future[tuple[list[Report], str | None]], Plan] = {}
+    with tempfile.TemporaryDirectory(prefix="onebit-faults-") as place, crew(jobs) as workers:
+        while lacking := runs - sum(tally.runs for tally in tallies.values()):
+            for fault, optimizer, kind in islice(turns, min(jobs, lacking) - len(under_way)):
+                plan = Plan.draw(
+                    dice,
+                    kind=kind,
+                    optimizer=optimizer,
+                    fault=fault,
+                    world_size=world_size,
+                    limit=limit,
+                    folder=tempfile.mkdtemp(dir=place),
+                )
+                under_way[workers.submit(strike, plan)] = plan
+            for ended in wait(under_way, return_when=FIRST_COMPLETED).done:
+                plan = under_way.pop(ended)
+                tally = tallies.setdefault((plan.kind, plan.optimizer, plan.fault), Strikes())
+                tally.count(plan, *ended.result())
+                shutil.rmtree(plan.folder)
+                yield tallies
