@@ -21,6 +21,7 @@ from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers
 from onebit.optim.loading import check_state
 from onebit.optim.metrics import Metrics, metrics
 from onebit.optim.options import check_count, check_flags, check_supported
+from onebit.optim.owners import owned_by_another, take_over
 from onebit.optim.pending import PendingSteps
 from onebit.optim.replicas import check_replicas, checksums
 from onebit.optim.state_keys import COUNTS, EXTRA, FORMAT, SCALARS, SHAPED
@@ -184,15 +185,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
             MismatchError: at the first step, or after add_param_group: ranks differ in parameters or options. With
                 `check_every`: replicas are not equal any more; the step was made.
             TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
-            InputError: a gradient that cannot be averaged, such as a sparse one, or that another averages as well, or a
-                CUDA graph is being captured; nothing was changed.
+            InputError: a gradient that cannot be averaged, such as a sparse one, or that another averages as well, or
+                another optimizer has begun to update the same parameters, or a CUDA graph is being captured; nothing
+                was changed.
         """
         self._refuse_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._agree(self._refused_gradient() or self._refused_averages())
+        refusal = owned_by_another(self, self.backend.rank)
+        self._agree(refusal or self._refused_gradient() or self._refused_averages())
         self._learn_what_matters()
         exchanges: list[Exchange] = []
         try:
@@ -439,6 +442,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             refusal = self._refused_devices() or unattached(self) or refusal
             facts = self._facts() if self.backend.size > 1 and refusal is None else {}
             agree(self.backend, f"{type(self).__name__}.step", facts, refusal)
+            take_over(self)
         self._agreed = True
 
     def _facts(self) -> dict[str, str]:
