@@ -131,6 +131,15 @@ class DenseWork:
         with self._owner._stage("all_to_all"):
             self._buckets[index].reduce()
 
+    @property
+    def unsent(self) -> Sequence[int]:
+        """The buckets that were not sent yet, in order."""
+        return sorted(self._to_send)
+
+    def cancel(self) -> None:
+        """Instead of `wait`: the mean is not wanted, as something has failed."""
+        self._owner._end()
+
     def wait(self, out: Tensors | None = None) -> None:
         """Write the mean to `out`, shaped as the tensors given to `start`; None: over those.
 
@@ -141,7 +150,7 @@ class DenseWork:
         targets = self._tensors if out is None else as_list(out)
         check_same(owner.backend.rank, targets, owner._like)
         owner._end()
-        for index in sorted(self._to_send):
+        for index in self.unsent:
             self.send(index)
         for index in sorted(self._to_pass_on):
             self.pass_on(index)

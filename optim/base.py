@@ -17,7 +17,7 @@ from onebit.comm.tensors import describe
 from onebit.compress import InputError, SignCodec
 from onebit.compress.kernels import DTYPES
 from onebit.optim import copying
-from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers
+from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers, StagedExchange
 from onebit.optim.loading import check_state
 from onebit.optim.metrics import Metrics, metrics
 from onebit.optim.options import check_count, check_flags, check_supported
@@ -201,6 +201,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         try:
             for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
                 exchanges.append(self._exchange(group, reducers))
+                if isinstance(exchanges[-1], StagedExchange):
+                    exchanges[-1].sending.finish()
             flags = [exchange.all_finite() for exchange in exchanges]
             settling = _settling(exchanges, flags)
             made = not settling and all(bool(flag) for flag in flags)

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from onebit.comm import Backend, CompressedAllreduce, DenseAllreduce, Part, Residual, Stats
+from onebit.comm import Backend, CompressedAllreduce, CompressedWork, DenseAllreduce, Part, Residual, Stats
 from onebit.compress import SignCodec
 
 
@@ -37,6 +37,69 @@ class DeviceExchange(Exchange, Protocol):
 
         The group's step count is not yet that of the step.
         """
+
+
+class Sending(Protocol):
+    """What one exchange sends, bucket by bucket, with the gradients that each needs.
+
+    All ranks send the same buckets in the same order, and pass them on in the same order between.
+    """
+
+    @property
+    def buckets(self) -> Sequence[Sequence[int]]:
+        """Per bucket, the indices in the group of the parameters whose gradients are read when it is sent."""
+
+    @property
+    def late(self) -> Sequence[int]:
+        """Buckets with something else in them, which is known when the gradients of the whole group are."""
+
+    def send(self, bucket: int) -> None:
+        """Read the gradients of a bucket and start phase 1 of its exchange."""
+
+    def spoil(self, bucket: int) -> None:
+        """Instead of `send`, read nothing and send NaN, so that no rank makes the step."""
+
+    def pass_on(self, bucket: int) -> None:
+        """Wait for phase 1 of a bucket that was sent, and start phase 2."""
+
+    def forget(self, bucket: int) -> None:
+        """Gradients that were sent in this bucket are overwritten: what `undo` cannot work out any more becomes 0."""
+
+    def finish(self) -> None:
+        """Send and pass on what was not, and return when everything is here."""
+
+
+@runtime_checkable
+class StagedExchange(Exchange, Protocol):
+    """An exchange that has sent nothing when it is made; it is one of the kind above when `sending` has finished."""
+
+    sending: Sending
+
+
+class CompressedSending:
+    """The parts of a compressed average, as `Sending`.
+
+    Args:
+        work: `CompressedAllreduce.start_with`, told to send nothing yet.
+        parts: of that average.
+        indices: in the group, of the parameters that are averaged.
+    """
+
+    late: Sequence[int] = ()
+
+    def __init__(self, work: CompressedWork, parts: Sequence[Part], indices: Sequence[int]) -> None:
+        self._parts = parts
+        self._indices = indices
+        self.send = work.send
+        self.spoil = work.spoil
+        self.pass_on = work.pass_on
+        self.forget = work.forget
+        self.finish = work.finish
+
+    @property
+    def buckets(self) -> Sequence[Sequence[int]]:
+        """As of `Sending`."""
+        return [[self._indices[i] for i in part.used] for part in self._parts]
 
 
 class GroupReducers:

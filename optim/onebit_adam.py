@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from onebit.comm import CompressedWork
+from onebit.comm import CompressedAllreduce, CompressedWork, Part
 from onebit.compress import SignCodec
 from onebit.optim.dense import MeanGradients
-from onebit.optim.exchange import Exchange, GroupReducers
+from onebit.optim.exchange import CompressedSending, Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, warn_if_too_late
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.master import fp32_values, write_back
@@ -233,11 +233,15 @@ class _Frozen:
     def momenta(self) -> list[Tensor]:
         return [s["exp_avg"] for s in self.states]
 
+    def local_momenta(self, indices: Sequence[int]) -> list[Tensor]:
+        """Those of this rank of some of the parameters, with the gradients that there are now."""
+        states = [self.states[i] for i in indices]
+        values = fp32_values([self.params[i] for i in indices], states, self.group)
+        gradients = [self.own_gradients[i] for i in indices]
+        return local_momenta([s["exp_avg"] for s in states], gradients, values, self.group)
+
     def variances(self) -> list[Tensor]:
         return [s["exp_avg_sq"] for s in self.states]
-
-    def values(self) -> list[Tensor]:
-        return fp32_values(self.params, self.states, self.group)
 
     def update(self) -> None:
         if self.params:
@@ -250,9 +254,30 @@ class _Compressed:
     def __init__(self, optimizer: OnebitAdam, frozen: _Frozen, reducers: GroupReducers) -> None:
         self._frozen = frozen
         reduce = optimizer._average_of(reducers, frozen.variances())  # like the momenta
-        local = local_momenta(frozen.momenta(), frozen.own_gradients, frozen.values(), frozen.group)
-        self._work: CompressedWork = reduce.start(local)
-        self._work.finish()
+        self._local = [torch.empty(m.shape, device=m.device) for m in frozen.momenta()]
+        self._to_fill = set(range(len(self._local)))
+        self._work = self._start(reduce)
+        self.sending = CompressedSending(self._work, reduce.parts, frozen.known.indices)
+
+    def _start(self, reduce: CompressedAllreduce) -> CompressedWork:
+        if not reduce.parts:
+            self._fill(range(len(self._local)))
+            return reduce.start(self._local)
+        encode, undo = reduce.encoding(self._local)
+
+        def fill_and_encode(part: Part) -> None:
+            self._fill(part.used)
+            encode(part)
+
+        return reduce.start_with(fill_and_encode, undo, send=False)
+
+    def _fill(self, indices: Sequence[int]) -> None:
+        """Have the local momenta of these parameters ready."""
+        wanted = sorted(self._to_fill.intersection(indices))
+        self._to_fill.difference_update(wanted)
+        if wanted:
+            momenta = self._frozen.local_momenta(wanted)
+            torch._foreach_copy_([self._local[i] for i in wanted], momenta)
 
     def all_finite(self) -> Tensor:
         return self._work.all_finite()
@@ -271,7 +296,7 @@ class _Refresh:
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self._optimizer = optimizer
         self._frozen = _Frozen(optimizer, group, reducers)
-        self._mean = MeanGradients(
+        self._mean = self.sending = MeanGradients(
             group["params"], self._frozen.gradients, reducers, averaged=optimizer.gradients_averaged
         )
 
@@ -280,6 +305,7 @@ class _Refresh:
 
     def undo(self) -> None:
         """Nothing was changed."""
+        self._mean.cancel()
 
     def commit(self) -> None:
         frozen, mean, every = self._frozen, self._mean, self._frozen.group["variance_refresh"]

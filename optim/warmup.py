@@ -15,7 +15,7 @@ from onebit.optim.fused_groups import FusedGroups
 
 
 class WarmupStep(ABC):
-    """The exchange of such a step; a subclass says what is done with the means.
+    """The staged exchange of such a step; a subclass says what is done with the means.
 
     It also measures the variance for an automatic freeze, and puts the floor under it when compressed steps follow.
     """
@@ -27,7 +27,7 @@ class WarmupStep(ABC):
         params = group["params"]
         states = [optimizer.state.get(p, {}) for p in params]
         variance = measure(group, states, params[0].device) if params else None
-        self._mean = MeanGradients(
+        self._mean = self.sending = MeanGradients(
             params, optimizer._gradients(group), reducers, note=variance, averaged=optimizer.gradients_averaged
         )
 
@@ -36,8 +36,8 @@ class WarmupStep(ABC):
         return self._mean.all_finite()
 
     def undo(self) -> None:
-        """Do nothing: nothing was changed."""
-        return
+        """Nothing was changed."""
+        self._mean.cancel()
 
     def commit(self) -> None:
         """Make the step; the group's step count is already that of the step."""

@@ -293,7 +293,7 @@ class _Variance:
         self._optimizer = optimizer
         self._group = group
         self._reducers = reducers
-        self._gradients = MeanGradients(
+        self._gradients = self.sending = MeanGradients(
             group["params"], optimizer._gradients(group), reducers, averaged=optimizer.gradients_averaged
         )
 
@@ -302,6 +302,7 @@ class _Variance:
 
     def undo(self) -> None:
         """Nothing was changed."""
+        self._gradients.cancel()
 
     def commit(self) -> None:
         optimizer, group, mean = self._optimizer, self._group, self._gradients
