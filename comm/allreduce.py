@@ -44,7 +44,7 @@ class CompressedAllreduce:
             fixed by them, values are not read.
         backend: None, a name, a process group, a communicator or a Backend; see `make_backend`.
         codec: what goes on the wire.
-        mode: ``"compressed"``; ``"plain"``: float32 travels, and the error feedback waits as it is; ``"auto"``: per
+        mode: ``"compressed"``; ``"plain"``: the transport sums float32, and error feedback waits; ``"auto"``: per
             bucket whichever `tune` finds faster here, which it measures first, in seconds, unless it has before.
         bucket_mb: MiB of fp32 per bucket; None: 16 for CPU tensors, 512 for CUDA tensors. Buckets are pipelined: one's
             kernels run while another's bytes travel. The size changes no result but what ``"auto"`` picks.

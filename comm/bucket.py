@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,15 +30,13 @@ class Bucket:
         encoded: it has been encoded, and neither consumed nor undone since.
     """
 
-    part_kind: ClassVar[type[Part]] = Part
-
     def __init__(
         self, operators: SignOperators, layout: Layout, backend: Backend, worker: Tensor, server: Tensor
     ) -> None:
         self._operators = operators
         self._rank = backend.rank
         self._server = server
-        ranks, size = backend.size, self.payload_bytes(layout)
+        ranks, size = backend.size, layout.payload_bytes
         device = worker.device
         sent, self._received, gathered = torch.zeros(3, ranks * size, dtype=torch.uint8, device=device)
         self._payloads = self._received.view(ranks, size)
@@ -51,7 +48,7 @@ class Bucket:
         self._reduced = False
         self.encoded = False
         own, used = layout.of_used_tensors()
-        self.part = self.part_kind(
+        self.part = Part(
             layout=own,
             used=used,
             residual=worker,
@@ -60,11 +57,6 @@ class Bucket:
             gathered=gathered,
             squared=self._operators.squared,
         )
-
-    @staticmethod
-    def payload_bytes(layout: Layout) -> int:
-        """Bytes that go to one rank in each phase."""
-        return layout.payload_bytes
 
     def set_mask(self, masks: Sequence[Tensor] | None) -> None:
         """Take elements out of the bucket; `masks` as for `CompressedAllreduce.set_mask`."""

@@ -74,6 +74,11 @@ def measured_twice(backend: Backend) -> tuple[str, int, int]:
     return str(first), before, backend.traffic.collectives
 
 
+def measured_in_a_process(backend: Backend) -> tuple[str, int, int]:
+    tuning.SIZES, tuning.ROUNDS, tuning.KERNEL_NUMEL = (64, 256), 1, 1024  # the process ends with this
+    return measured_twice(backend)
+
+
 @pytest.mark.usefixtures("quick")
 def test_all_ranks_know_the_same_and_measure_once() -> None:
     (first, before, after), *others = run_threads(3, measured_twice)
@@ -83,7 +88,7 @@ def test_all_ranks_know_the_same_and_measure_once() -> None:
 
 
 def test_backends_of_one_process_group_share_the_measurement() -> None:
-    (first, before, after), other = run_ranks("gloo", 2, measured_twice)
+    (first, before, after), other = run_ranks("gloo", 2, measured_in_a_process)
     assert before == after
     assert other[0] == first
 
@@ -126,7 +131,7 @@ def outcomes(hosts: Sequence[Host], folder: Path, kernels: str) -> list[dict[str
     return found
 
 
-# The reference kernels take tens of milliseconds for what a memory sends in one and a link of 100 Mbit/s in 120.
+# The reference kernels take tens of milliseconds for what a memory sends in one and a link of 20 Mbit/s in 600.
 def test_plain_is_picked_where_the_wire_is_faster_than_the_kernels(tmp_path: Path) -> None:
     first, second = outcomes(loopback(2), tmp_path, "reference")
     assert first["modes"] == second["modes"] == ["plain"], first["measured"]
@@ -135,7 +140,7 @@ def test_plain_is_picked_where_the_wire_is_faster_than_the_kernels(tmp_path: Pat
 
 def test_compressed_is_picked_on_a_slow_link(tmp_path: Path) -> None:
     try:
-        with shaped_hosts("100mbit") as hosts:
+        with shaped_hosts("20mbit") as hosts:
             first, second = outcomes([rank_on(host) for host in hosts], tmp_path, "reference")
     except NetworkError as error:
         pytest.skip(f"needs root, iproute2 and network namespaces: {error}")
