@@ -19,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from queue import Queue
 
-from study_plan import LABELS, RECIPES, Run, flags, plan
+from study_plan import LABELS, RECIPES, USUAL, Run, flags, plan
 
 FOLDER = Path("out/study")
 IDENTITY = {"task", "optimizer", "ranks", "seed"}  # of a run; its other fields are settings
@@ -119,7 +119,7 @@ def parse() -> argparse.Namespace:
     side = commands.add_parser("run", help=run.__doc__)
     side.set_defaults(command=run)
     side.add_argument("--tasks", nargs="+", choices=RECIPES, default=["bytes", "digits"])
-    side.add_argument("--optimizers", nargs="+", choices=LABELS, default=list(LABELS))
+    side.add_argument("--optimizers", nargs="+", choices=LABELS, default=list(USUAL))
     side.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     side.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     side.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")

@@ -13,7 +13,17 @@ from plot import finish, in_megabytes
 from study_plan import BASELINE, LABELS, RECIPES
 from study_train import StudyRecord
 
-COLOURS = dict(zip(LABELS, ("#111111", "#d9541a", "#e8a33d", "#2f5fa8", "#777777", "#3a8f4d", "#8fc49a"), strict=True))
+COLOURS = {
+    "adamw": "#111111",
+    "adamw-short": "#aaaaaa",
+    "onebit-adam": "#d9541a",
+    "onebit-adam-auto": "#e8a33d",
+    "onebit-adam-refresh": "#a3195b",
+    "zero-one-adam": "#2f5fa8",
+    "lamb": "#777777",
+    "onebit-lamb": "#3a8f4d",
+    "onebit-lamb-steady": "#8fc49a",
+}
 DASHED = tuple(dict.fromkeys(BASELINE.values()))  # what others are measured against
 BEGIN, END = "<!-- made by examples/study.py report -->", "<!-- end -->"
 COLUMNS = (

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from ranks import checksums, mean_over_ranks
 from record import Record, environment
-from study_plan import Run
+from study_plan import UNCOMPRESSED, Run
 from study_tasks import Task, learning_rate_factor, make_task
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -95,7 +95,7 @@ def train(
     """Train `model`, through `called`, from what it holds; returns the record, equal on all ranks but for the times."""
     parameters = list(model.parameters())
     optimizer = make_optimizer(run, parameters, backend)
-    average = DenseAllreduce(parameters, backend) if run.optimizer == "adamw" else None
+    average = DenseAllreduce(parameters, backend) if run.optimizer in UNCOMPRESSED else None
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
     held_out = [(x.to(device), y.to(device)) for x, y in task.held_out()[backend.rank :: backend.size]]
     due = {run.steps * part // run.evaluations for part in range(1, run.evaluations + 1)}
@@ -154,10 +154,12 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter], backend: Backend) -
     rest = [p for p in parameters if p.dim() <= 1]
     groups = [*decay, *([{"params": rest, "weight_decay": 0.0}] if rest else [])]
     common: dict[str, Any] = {"lr": run.lr, "betas": (0.9, run.beta2), "eps": run.eps}
-    if run.optimizer == "adamw":
+    if run.optimizer in UNCOMPRESSED:
         return torch.optim.AdamW(groups, **common)
     if run.optimizer == "onebit-adam":
         return OnebitAdam(groups, **common, freeze_step=run.freeze_step, backend=backend)
+    if run.optimizer == "onebit-adam-refresh":
+        return OnebitAdam(groups, **common, freeze_step=run.freeze_step, variance_refresh=25, backend=backend)
     if run.optimizer == "onebit-adam-auto":
         return OnebitAdam(groups, **common, freeze_step="auto", backend=backend)
     if run.optimizer == "zero-one-adam":
