@@ -23,6 +23,7 @@ from onebit.optim.metrics import Metrics, metrics
 from onebit.optim.options import check_count, check_flags, check_supported
 from onebit.optim.owners import owned_by_another, take_over
 from onebit.optim.pending import PendingSteps
+from onebit.optim.regroup import put_back, take_out
 from onebit.optim.replicas import check_replicas, checksums
 from onebit.optim.state_keys import COUNTS, EXTRA, FORMAT, SCALARS, SHAPED
 from onebit.optim.untraced import untraced
@@ -151,16 +152,27 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; their group starts at step 0, so it makes its own warm-up. Every rank must do the same.
 
+        Parameters of another group that has made steps without them, such as layers that were unfrozen after its
+        warm-up, leave that group for the new one.
+
         Raises:
             InputError: a parameter has an unsupported dtype or layout, or options are out of range; nothing was added.
         """
         before = len(self.param_groups)
-        super().add_param_group(param_group)
+        if before and not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])  # it may be an iterator, and torch reads it too
+        params = param_group["params"]
+        self._pending.wait()
+        lost = take_out(self.param_groups, self.state, [params] if isinstance(params, Tensor) else params)
         try:
+            super().add_param_group(param_group)
             self._check_group(self.param_groups[before])
-        except InputError:
+        except BaseException:
             del self.param_groups[before:]
+            put_back(self.param_groups, lost)
             raise
+        for index in lost:
+            self._regrouped(index)
         self._agreed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedOptimizer:
@@ -283,6 +295,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         """Whether a group's next collectives depend on how many of the last `unknown` steps were made."""
         return unknown > 0
+
+    def _regrouped(self, index: int) -> None:
+        """Parameters that had no state have left this group."""
 
     def _count_made(self, group: dict[str, Any]) -> None:
         """Bring the host's counts up to date with a step of a group that `DeviceExchange.settle` has made."""

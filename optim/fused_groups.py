@@ -54,6 +54,11 @@ class FusedGroups(CompressedOptimizer):
         super().load_state_dict(state_dict)
         self._looked_up.clear()  # it holds the states that there were
 
+    def _regrouped(self, index: int) -> None:
+        group, reducers = self.param_groups[index], self._of_groups()[index]
+        self._unfuse(group, reducers)
+        self._fused.pop(reducers, None)  # it may know the places that parameters had in the group
+
     def _count_made(self, group: dict[str, Any]) -> None:
         made_by = self._looked_up.get(id(group["params"])) or self._known(group)
         made_by.count()

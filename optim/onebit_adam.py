@@ -34,8 +34,10 @@ class OnebitAdam(FusedGroups):
 
     An entry whose variance is 0 at the freeze is dead: its update, momentum and error feedback stay 0. One whose
     variance is far below its neighbours' would be thrown about by their scale, so it is raised; see `variance_floor`. A
-    parameter that had no gradient on any rank during warm-up is left alone for good. After the freeze a gradient that
-    is None counts as zero. With one rank nothing is compressed.
+    parameter that had no gradient on any rank during warm-up is left alone until a variance refresh finds one, or until
+    `add_param_group` gives it a warm-up of its own. After the freeze a gradient that is None counts as zero: momentum
+    and weight decay still move the parameter, so put layers that are to stand still in a group whose lr is 0 then. With
+    one rank nothing is compressed.
 
     Options of a group are those below up to `master_weights`, and ``compress``: False for a group that is to make
     warm-up's steps for ever, such as one of a few numbers that must be exact.
@@ -291,14 +293,19 @@ class _Compressed:
 
 
 class _Refresh:
-    """Momentum and variance from gradients averaged in fp32; error feedback waits for the next compressed step."""
+    """Momentum and variance from gradients averaged in fp32; error feedback waits for the next compressed step.
+
+    A parameter without a variance that some rank has a gradient for gets one and takes part from then on. What is
+    averaged compressed is another list of tensors then, so error feedback starts anew.
+    """
 
     def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
         self._optimizer = optimizer
-        self._frozen = _Frozen(optimizer, group, reducers)
-        self._mean = self.sending = MeanGradients(
-            group["params"], self._frozen.gradients, reducers, averaged=optimizer.gradients_averaged
-        )
+        self._group = group
+        self._reducers = reducers
+        gradients = optimizer._gradients(group)
+        averaged = optimizer.gradients_averaged
+        self._mean = self.sending = MeanGradients(group["params"], gradients, reducers, averaged=averaged)
 
     def all_finite(self) -> Tensor:
         return self._mean.all_finite()
@@ -308,13 +315,20 @@ class _Refresh:
         self._mean.cancel()
 
     def commit(self) -> None:
-        frozen, mean, every = self._frozen, self._mean, self._frozen.group["variance_refresh"]
-        indices = frozen.known.indices
-        means, ages = [mean.means[i] for i in indices], [every * mean.present[i] for i in indices]
-        _take_in(frozen.group, frozen.params, frozen.states, means, ages)
-        frozen.update()
-        if _phase(frozen.group, frozen.group["step"]) == "compressed":
-            self._optimizer._raise_variances(frozen.group)
+        optimizer, group, mean = self._optimizer, self._group, self._mean
+        present = [p for p, here in zip(group["params"], mean.present, strict=True) if here]
+        late = [p for p in present if "exp_avg_sq" not in optimizer.state.get(p, {})]
+        for p in late:
+            adam_state(optimizer.state, p)
+        if late:
+            optimizer._renew(self._reducers)
+        known, every = optimizer._known(group), group["variance_refresh"]
+        if known.params:
+            ages = [every * mean.present[i] for i in known.indices]
+            _take_in(group, known.params, known.states, [mean.means[i] for i in known.indices], ages)
+            _move(group, known.params, known.states)
+        if _phase(group, group["step"]) == "compressed":
+            optimizer._raise_variances(group)
 
 
 States = Sequence[dict[str, Any]]

@@ -172,6 +172,12 @@ class OnebitLamb(FusedGroups):
             self._layers[index] = lamb.Layers(states, params[0].device if params else torch.device("cpu"))
         return self._layers[index]
 
+    def _regrouped(self, index: int) -> None:
+        super()._regrouped(index)
+        before = self._layers.pop(index, None)
+        if before is not None:
+            self._layers_of(self.param_groups[index]).dead = before.dead
+
     def _check_options(self, group: Mapping[str, Any]) -> None:
         check_adam_options("OnebitLamb", group)
         check_flags("OnebitLamb", group, "bias_correction", "maximize")
