@@ -8,6 +8,8 @@ SHELL       := bash
 PYTHON ?= python3
 NP     ?= 2
 RATE   ?= 1gbit
+HOSTS  ?= 2
+DELAY  ?=
 
 STRIKES    ?= 312
 INJECTIONS ?= 2000
@@ -36,7 +38,7 @@ help: ## print this list
 	@sed -En 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
 		printf '%-12s %s\n' "$$target" "$$text"; done
 	@echo
-	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  PEERS=$(PEERS)  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)  SOAK=$(SOAK)'
+	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  HOSTS=$(HOSTS)  DELAY=$(DELAY)  PEERS=$(PEERS)  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)  SOAK=$(SOAK)'
 
 .PHONY: setup
 setup: $(INSTALLED) ## build .venv with the versions of constraints.txt; needs the network the first time only
@@ -71,11 +73,32 @@ format: setup ## rewrite the sources in the project's style
 
 .PHONY: bench
 bench: setup ## time kernels and collectives on this machine and check their results; minutes
-	$(BIN)/python -m onebit.benchmarks.suite
+	$(BIN)/python -m onebit.benchmarks.suite --plot
+
+RESULTS  := --output benchmarks/results --plot
+AVERAGES := --cases collectives,stages $(RESULTS)
+TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NP)
+
+.PHONY: bench-gloo
+bench-gloo: setup ## averages and their stages on NP ranks of this machine, over Gloo
+	GLOO_SOCKET_IFNAME=lo $(TORCHRUN) -m onebit.benchmarks --backend gloo -b 64K -e 64M -f 32 --link loopback $(AVERAGES)
+
+.PHONY: bench-mpi
+bench-mpi: setup ## the same over MPI
+	$(BIN)/mpiexec --allow-run-as-root --oversubscribe --bind-to none -n $(NP) \
+		$(BIN)/python -m onebit.benchmarks --backend mpi -b 64K -e 64M -f 32 --link 'shared memory' $(AVERAGES)
+
+.PHONY: bench-nccl
+bench-nccl: setup ## the same over NCCL, on NP GPUs
+	$(TORCHRUN) -m onebit.benchmarks --backend nccl -b 4M -e 1G -f 8 --name nccl-$(NP)-sweep $(AVERAGES)
 
 .PHONY: bench-net
-bench-net: setup ## the same over a link of RATE between two network namespaces; needs root
-	$(BIN)/python -m onebit.benchmarks.net --rate $(RATE)
+bench-net: setup ## averages between HOSTS network namespaces, over links of RATE with a DELAY; needs root
+	$(BIN)/python -m onebit.benchmarks.net --rate $(RATE) --hosts $(HOSTS) $(if $(DELAY),--delay $(DELAY)) --plot
+
+.PHONY: bench-report
+bench-report: setup ## write the tables and plots of docs/benchmarks.md from the JSON results
+	$(BIN)/python -m onebit.benchmarks.report
 
 .PHONY: bench-adam
 bench-adam: setup $(if $(PEERS),$(DEEPSPEED)) ## time CPUAdam against torch's optimizers, and with PEERS=1 against DeepSpeed's; minutes

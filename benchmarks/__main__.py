@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from onebit.benchmarks import console, record, view
+from onebit.benchmarks import console, plot, record, view
 from onebit.benchmarks.case import Setting
 from onebit.benchmarks.driver import drive
 from onebit.benchmarks.group import join
@@ -24,8 +24,10 @@ def measure(backend: Backend, options: Options) -> record.Document:
     """Run what `options` asks for on this rank; every rank returns the same times."""
     threads = num_threads()
     torch.set_num_threads(threads)
-    settings = [_setting(backend, options, nbytes, threads) for nbytes in options.sizes]
+    device = torch.device(options.device)
+    settings = [_setting(backend, options, nbytes, threads, device) for nbytes in options.sizes]
     groups = select(options.cases or ("kernels" if backend.size == 1 else "collectives",))
+    groups = [[case for case in cases if device.type in case.devices] for cases in groups]
     runs = sum(map(len, groups)) * len(settings) * options.sweep.runs()
     link = Link(options.interface) if options.interface else None
     with console.progress_bar(runs, show=backend.rank == 0) as progress:
@@ -35,22 +37,28 @@ def measure(backend: Backend, options: Options) -> record.Document:
         "backend": backend.name,
         "link": options.link,
         "threads": threads,
-        "kernels": settings[0].codec.kernels_on("cpu"),
+        "codec": str(options.codec),
+        "kernels": options.codec.kernels_on(device.type),
         "iterations": options.sweep.iterations,
         "warmup": options.sweep.warmup,
+        "together": options.sweep.together,
+        "graph": options.sweep.graph,
         "payloads": options.payloads,
         "bucket_mb": options.bucket_mb,
         "seed": options.seed,
     }
-    return record.make(options.name or f"{backend.name}-{backend.size}", run, [*map(record.row_fields, rows)])
+    name = options.name or f"{backend.name}-{backend.size}"
+    return record.make(name, run, [*map(record.row_fields, rows)], device.type)
 
 
-def _setting(backend: Backend, options: Options, nbytes: int, threads: int) -> Setting:
+def _setting(backend: Backend, options: Options, nbytes: int, threads: int, device: torch.device) -> Setting:
     return Setting(
         numel=max(1, nbytes // options.dtype.itemsize),
         backend=backend,
         dtype=options.dtype,
+        device=device,
         threads=threads,
+        codec=options.codec,
         payloads=options.payloads,
         bucket_mb=options.bucket_mb,
         seed=options.seed,
@@ -61,12 +69,18 @@ def _show(result: record.Document, options: Options) -> None:
     rows = view.terminal(result)
     console.show_table(view.title(result), view.columns(rows), rows)
     if options.output:
-        console.say(f"JSON: {record.save(result, options.output)}")
+        path = record.save(result, options.output)
+        console.say(f"JSON: {path}")
+        if options.plot:
+            console.say(f"plot: {plot.draw(result, path.with_suffix('.png'))}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: measured and right; 1: some element is wrong; 2: bad flags."""
-    options = parse(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["plot"]:
+        return plot.main(words[1:])
+    options = parse(words)
     if options.backend == "threads":
         rank, result = 0, run_threads(options.ranks, measure, options)[0]
     else:

@@ -1,9 +1,9 @@
-"""Adam steps as cases: CPUAdam beside torch's own implementations and, where it is installed, DeepSpeedCPUAdam."""
+"""Adam steps as cases: ours beside torch's own implementations and, where it is installed, DeepSpeedCPUAdam."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from onebit.benchmarks import machine
 from onebit.benchmarks.case import Case, Setting
 from onebit.compress import set_num_threads
-from onebit.optim import CPUAdam
+from onebit.optim import CPUAdam, FusedAdam
 
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 MANY = 1000  # elements of each of many tensors
@@ -72,7 +72,8 @@ class Step:
         (p, g, m, v, _), step = before, after[-1]
         beta1, beta2 = OPTIONS["betas"]
         for first in range(0, p.numel(), SPAN):
-            values, grad, mean, square, got = (t[first : first + SPAN].double().numpy() for t in (p, g, m, v, after[0]))
+            parts = (t[first : first + SPAN].cpu().double().numpy() for t in (p, g, m, v, after[0]))
+            values, grad, mean, square, got = parts
             square = beta2 * square + (1 - beta2) * grad * grad
             spread = np.sqrt(square / (1 - beta2**step)) + OPTIONS["eps"]
             rate = OPTIONS["lr"] / (1 - beta1**step) / spread
@@ -118,7 +119,14 @@ def _deepspeed(params: list[Parameter]) -> torch.optim.Optimizer:
 
 
 def _ours(**options: Any) -> Make:
-    return lambda params: CPUAdam(params, **OPTIONS, **options)
+    """CPUAdam or, where the parameters are on CUDA, FusedAdam, whose moments are always float32."""
+
+    def make(params: list[Parameter]) -> torch.optim.Optimizer:
+        if params[0].is_cuda:
+            return FusedAdam(params, **OPTIONS)
+        return CPUAdam(params, **OPTIONS, **options)
+
+    return make
 
 
 TORCH = (
@@ -128,7 +136,7 @@ TORCH = (
 )
 DEEPSPEED = Contestant("DeepSpeedCPUAdam", "DeepSpeed's, moments in the parameter's dtype", "DeepSpeed", _deepspeed)
 # Moments in the parameter's dtype, as torch has them, so that all move the same bytes.
-OURS = Contestant("CPUAdam", "moments in the parameter's dtype", "", _ours(fp32_optimizer_states=False))
+OURS = Contestant("CPUAdam", "moments in its dtype; on CUDA FusedAdam", "", _ours(fp32_optimizer_states=False))
 
 
 def contest(contestants: Sequence[Contestant], *, many: bool = False) -> list[Case[Step]]:
@@ -148,6 +156,9 @@ def contest(contestants: Sequence[Contestant], *, many: bool = False) -> list[Ca
         )
 
     return [case(one) for one in contestants]
+
+
+ADAM: tuple[Case[Step], ...] = tuple(contest((OURS, *TORCH)))
 
 
 def mixed() -> list[Case[Step]]:
@@ -170,7 +181,7 @@ def mixed() -> list[Case[Step]]:
 
 def _inputs(setting: Setting, make: Make, dtype: torch.dtype, size: int | None = None, roundings: int = 1) -> Step:
     values = setting.normal().to(dtype)
-    grads = Setting(numel=setting.numel, backend=setting.backend, seed=setting.seed + 1000).normal().to(dtype)
+    grads = replace(setting, dtype=dtype, seed=setting.seed + 1000).normal()
     if size is None:
         params, of_params = [Parameter(values)], [grads]
     else:
@@ -183,7 +194,7 @@ def _inputs(setting: Setting, make: Make, dtype: torch.dtype, size: int | None =
 
 def _part(setting: Setting) -> Step:
     """Each rank's own part of the elements."""
-    part = Setting(numel=setting.numel // setting.backend.size, backend=setting.backend, seed=setting.seed)
+    part = replace(setting, numel=max(1, setting.numel // setting.backend.size))
     return _inputs(part, _ours(), torch.float32)
 
 
@@ -199,6 +210,7 @@ ADAM_RANKS: tuple[Case[Step], ...] = (
         name="adam-one-rank",
         summary="CPUAdam on rank 0 with all cores",
         family="adam-ranks",
+        devices=("cpu",),
         role="one rank",
         moved=lambda setting: 28.0 * setting.numel,
         inputs=_whole,
@@ -209,6 +221,7 @@ ADAM_RANKS: tuple[Case[Step], ...] = (
         name="adam-every-rank",
         summary="CPUAdam on every rank with its share of the cores",
         family="adam-ranks",
+        devices=("cpu",),
         against=("one rank",),
         moved=lambda setting: 28.0 * setting.numel,
         inputs=_part,

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from onebit.benchmarks import adam, console, record, view
-from onebit.benchmarks.adam_plot import plot
+from onebit.benchmarks import adam, console, plot, record, view
 from onebit.benchmarks.case import Case, Setting
 from onebit.benchmarks.driver import Progress, Sweep, drive
 from onebit.benchmarks.group import join
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     wrong = _alone(options)
     if options.ranks > 1:
-        flags = ["--case=adam-ranks", f"--name=adam-ranks-{options.ranks}", f"-b{4 * options.numel}"]
+        flags = ["--cases=adam-ranks", f"--name=adam-ranks-{options.ranks}", f"-b{4 * options.numel}"]
         try:
             launch(loopback(options.ranks), [*flags, f"-n{options.iters}", f"--output={options.output}"])
         except RankError as error:
@@ -82,7 +81,7 @@ def _alone(options: argparse.Namespace) -> int:
     console.say(f"first step of a fresh process, seconds, import included: {first}")
     path = record.save(result, options.output)
     console.say(f"JSON: {path}")
-    console.say(f"plot: {plot(result, path.with_suffix('.png'))}")
+    console.say(f"plot: {plot.draw(result, path.with_suffix('.png'))}")
     return sum(row["wrong"] or 0 for row in result["rows"] if not row["case"].startswith(adam.DEEPSPEED.name))
 
 

@@ -13,6 +13,8 @@ from onebit.compress import SignCodec
 
 State = TypeVar("State")
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -22,6 +24,7 @@ class Setting:
         numel: elements of the tensor that is copied, encoded or averaged.
         dtype: its dtype; residuals are always float32.
         backend: the ranks that run together; size 1 when alone.
+        device: where the tensors are.
         threads: threads that a NumPy yardstick may use (torch and Numba are told theirs at start).
         codec: the codec of every compressed case.
         payloads: how many payloads `reduce_encode` averages.
@@ -32,6 +35,7 @@ class Setting:
     numel: int
     backend: Backend
     dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
     threads: int = 1
     codec: SignCodec = field(default_factory=SignCodec)
     payloads: int = 2
@@ -41,7 +45,7 @@ class Setting:
     def normal(self, rank: int | None = None) -> torch.Tensor:
         """The (numel,) standard normal input of a rank (None: this rank), equal wherever it is drawn."""
         generator = torch.Generator().manual_seed(self.seed + (self.backend.rank if rank is None else rank))
-        return torch.randn(self.numel, generator=generator).to(self.dtype)
+        return torch.randn(self.numel, generator=generator).to(self.device, self.dtype)
 
 
 def nothing(state: object) -> None:
@@ -58,6 +62,8 @@ class Case(Generic[State]):
         family: the cases that are timed together, turn by turn, such as ``"kernels"``.
         role: what it serves as, when others are measured against it (``"copy"``, ``"chain"``, ``"plain"``).
         against: the roles it is measured against; the fastest case of a role is the yardstick.
+        devices: the types of devices that it runs on.
+        capturable: on CUDA it can be captured in a graph once it has run.
         moved: the bytes that algbw counts: read and written in memory by a kernel, or the tensor of a collective.
         wire: the bytes that one rank must send, by formula.
         inputs: makes the state: inputs, outputs and whatever is built once.
@@ -72,6 +78,8 @@ class Case(Generic[State]):
     family: str
     role: str = ""
     against: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    capturable: bool = False
     moved: Callable[[Setting], float]
     wire: Callable[[Setting], float] = lambda setting: 0.0
     inputs: Callable[[Setting], State]

@@ -1,4 +1,4 @@
-"""Averages over ranks as cases: the transport's own all_reduce, and the compressed average against it."""
+"""Averages over ranks as cases: the transport's own all_reduce, and the averages of `comm` against it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from onebit.benchmarks.case import Case, Setting
 from onebit.benchmarks.oracle import ROUNDING, spans, wrong_average
 from onebit.benchmarks.yardsticks import packed
 from onebit.comm import CompressedAllreduce
+from onebit.comm.auto import Mode
 from onebit.comm.numbers import gather_numbers
 
 
@@ -32,19 +33,27 @@ def _exchange_inputs(setting: Setting) -> Exchange:
     return Exchange(setting, given, given.clone())
 
 
-def _compressed_inputs(setting: Setting) -> Exchange:
-    state = _exchange_inputs(setting)
-    state.reduce = CompressedAllreduce(
-        state.tensor, backend=setting.backend, codec=setting.codec, bucket_mb=setting.bucket_mb
-    )
-    return state
+def _half_inputs(setting: Setting) -> Exchange:
+    given = setting.normal().bfloat16()
+    return Exchange(setting, given, given.clone())
+
+
+def _inputs_of(mode: Mode) -> Callable[[Setting], Exchange]:
+    def inputs(setting: Setting) -> Exchange:
+        state = _exchange_inputs(setting)
+        state.reduce = CompressedAllreduce(
+            state.tensor, setting.backend, setting.codec, mode=mode, bucket_mb=setting.bucket_mb
+        )
+        return state
+
+    return inputs
 
 
 def _put_back(state: Exchange) -> None:
     state.tensor.copy_(state.given)
 
 
-def _plain_run(state: Exchange) -> None:
+def _all_reduce_run(state: Exchange) -> None:
     """One all_reduce of the whole tensor, by torch.distributed itself wherever it carries the group."""
     if state.setting.backend.name in ("gloo", "nccl"):
         torch.distributed.all_reduce(state.tensor)
@@ -52,23 +61,45 @@ def _plain_run(state: Exchange) -> None:
         state.setting.backend.all_reduce(state.tensor).wait()
 
 
-def _plain_check(state: Exchange) -> Callable[[], int]:
+def _all_reduce_check(state: Exchange) -> Callable[[], int]:
+    """Sums, to within one rounding of the dtype for each rank."""
+
     def wrong() -> int:
-        size = state.setting.backend.size
-        inputs = [state.setting.normal(rank).double() for rank in range(size)]
-        expected = torch.stack(inputs).sum(0)
-        slack = size * torch.finfo(state.tensor.dtype).eps * torch.stack(inputs).abs().sum(0)
-        return int((~((state.tensor.double() - expected).abs() <= slack)).sum()) + _differing(state)
+        exact, size = _inputs(state), state.setting.backend.size
+        slack = size * torch.finfo(state.tensor.dtype).eps * exact.abs().sum(0)
+        return _far(state, exact.sum(0), slack) + _differing(state)
 
     return wrong
 
 
-def _compressed_run(state: Exchange) -> None:
+def _plain_check(state: Exchange) -> Callable[[], int]:
+    """Means of sums in float32, rounded once to the dtype."""
+
+    def wrong() -> int:
+        exact, size = _inputs(state), state.setting.backend.size
+        slack = size * torch.finfo(torch.float32).eps * exact.abs().mean(0)
+        slack += torch.finfo(state.tensor.dtype).eps * exact.mean(0).abs()
+        return _far(state, exact.mean(0), slack) + _differing(state)
+
+    return wrong
+
+
+def _inputs(state: Exchange) -> Tensor:
+    """(ranks, numel) float64: what every rank brought."""
+    ranks = range(state.setting.backend.size)
+    return torch.stack([state.setting.normal(rank).to(state.tensor.dtype).cpu().double() for rank in ranks])
+
+
+def _far(state: Exchange, exact: Tensor, slack: Tensor) -> int:
+    return int((~((state.tensor.cpu().double() - exact).abs() <= slack)).sum())
+
+
+def _run(state: Exchange) -> None:
     assert state.reduce is not None
     state.reduce(state.tensor)
 
 
-def _compressed_stages(state: Exchange) -> dict[str, float]:
+def _stages(state: Exchange) -> dict[str, float]:
     assert state.reduce is not None
     return dict(state.reduce.stats.seconds)
 
@@ -81,8 +112,8 @@ def _compressed_check(state: Exchange) -> Callable[[], int]:
         setting = state.setting
         if setting.backend.size == 1:  # nothing is sent, so nothing is compressed
             return int((state.tensor != state.given).sum())
-        inputs = [setting.normal(rank).float().numpy() for rank in range(setting.backend.size)]
-        outcome = state.tensor.float().numpy()
+        inputs = [setting.normal(rank).float().cpu().numpy() for rank in range(setting.backend.size)]
+        outcome = state.tensor.float().cpu().numpy()
         block = setting.codec.block_size or setting.numel
         rounding = ROUNDING if setting.dtype == torch.float32 else torch.finfo(setting.dtype).eps
         count = sum(
@@ -96,7 +127,7 @@ def _compressed_check(state: Exchange) -> Callable[[], int]:
 
 def _differing(state: Exchange) -> int:
     """All elements, if this rank's outcome has other bytes than rank 0's; the ranks must agree bit for bit."""
-    digest = zlib.crc32(state.tensor.view(torch.uint8).numpy().data)
+    digest = zlib.crc32(state.tensor.view(torch.uint8).cpu().numpy().data)
     digests = gather_numbers(state.setting.backend, [float(digest)])
     return 0 if digests[0] == digests[state.setting.backend.rank] else state.setting.numel
 
@@ -105,14 +136,9 @@ def _tensor_bytes(setting: Setting) -> float:
     return float(setting.numel * setting.dtype.itemsize)
 
 
-def _plain_wire(setting: Setting) -> float:
-    """2(n - 1)/n of the tensor, which is what a bandwidth-optimal algorithm sends."""
-    return 2 * (setting.backend.size - 1) / setting.backend.size * _tensor_bytes(setting)
-
-
-def _compressed_wire(setting: Setting) -> float:
-    """2(n - 1)/n of the payload: n - 1 chunks in each of the two phases."""
-    return 2 * (setting.backend.size - 1) / setting.backend.size * packed(setting)
+def _share(setting: Setting) -> float:
+    """2(n - 1)/n, which is what a bandwidth-optimal algorithm sends of what it averages."""
+    return 2 * (setting.backend.size - 1) / setting.backend.size
 
 
 COLLECTIVES: tuple[Case[Exchange], ...] = (
@@ -121,24 +147,53 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         summary="the transport's own all_reduce of one tensor",
         family="collectives",
         role="plain",
+        capturable=True,
         moved=_tensor_bytes,
-        wire=_plain_wire,
+        wire=lambda setting: _share(setting) * _tensor_bytes(setting),
         inputs=_exchange_inputs,
         refresh=_put_back,
-        run=_plain_run,
+        run=_all_reduce_run,
+        check=_all_reduce_check,
+    ),
+    Case(
+        name="all_reduce-bf16",
+        summary="the same of as many bfloat16 numbers, counted as the bytes of the tensor",
+        family="collectives",
+        role="bf16",
+        capturable=True,
+        moved=_tensor_bytes,
+        wire=lambda setting: _share(setting) * 2 * setting.numel,
+        inputs=_half_inputs,
+        refresh=_put_back,
+        run=_all_reduce_run,
+        check=_all_reduce_check,
+    ),
+    Case(
+        name="plain-buckets",
+        summary='CompressedAllreduce(mode="plain"): the same sum of float32 buckets',
+        family="collectives",
+        against=("plain",),
+        capturable=True,
+        moved=_tensor_bytes,
+        wire=lambda setting: _share(setting) * 4 * setting.numel,
+        inputs=_inputs_of("plain"),
+        refresh=_put_back,
+        run=_run,
+        stages=_stages,
         check=_plain_check,
     ),
     Case(
         name="compressed",
         summary="CompressedAllreduce of the same tensor",
         family="collectives",
-        against=("plain",),
+        against=("plain", "bf16"),
+        capturable=True,
         moved=_tensor_bytes,
-        wire=_compressed_wire,
-        inputs=_compressed_inputs,
+        wire=lambda setting: _share(setting) * packed(setting),
+        inputs=_inputs_of("compressed"),
         refresh=_put_back,
-        run=_compressed_run,
-        stages=_compressed_stages,
+        run=_run,
+        stages=_stages,
         check=_compressed_check,
     ),
 )

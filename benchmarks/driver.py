@@ -28,11 +28,15 @@ class Sweep:
         iterations: timed runs of each case, at least 1.
         warmup: runs before the first timed one.
         check: run each case once more and count wrong elements.
+        together: runs that are timed as one, each on what the last has left.
+        graph: on CUDA, capture each case that can be, and time its replays.
     """
 
     iterations: int = 20
     warmup: int = 3
     check: bool = True
+    together: int = 1
+    graph: bool = False
 
     def runs(self) -> int:
         """How often `Progress` is called for each case."""
@@ -41,6 +45,8 @@ class Sweep:
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.warmup < 0:
             raise ValueError(f"a sweep needs iterations >= 1 and warmup >= 0, got {self.iterations} and {self.warmup}")
+        if self.together < 1:
+            raise ValueError(f"a sweep times at least 1 run together, got {self.together}")
 
 
 def drive(
@@ -57,7 +63,12 @@ def drive(
     """
     rows: list[Row] = []
     for setting in settings:
-        rows += _measure([Station(case, setting, link) for case in cases], sweep, progress)
+        stations = [
+            Station(case, setting, link, sweep.together, sweep.graph and case.capturable)
+            for case in cases
+            if setting.device.type in case.devices
+        ]
+        rows += _measure(stations, sweep, progress)
     return rows
 
 

@@ -81,10 +81,8 @@ def against(role: str, row: Row, yardstick: Row, by_time: bool = False) -> dict[
 
 def report(name: str, ranks: int, rounds: int, rows: Sequence[Row], folder: Path, **figures: object) -> None:
     """Save the document of a run and print its table; `figures` stand beside what describes the run."""
-    result = record.make(name, {**_run(ranks, rounds), **figures}, [])
-    result["kind"] = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
-    result["machine"]["device"] = torch.cuda.get_device_name()
-    result["rows"] = [record.row_fields(row) for row in rows]
+    fields = [record.row_fields(row) for row in rows]
+    result = record.make(name, {**_run(ranks, rounds), **figures}, fields, "cuda")
     record.save(result, folder)
     cells = view.terminal(result)
     console.show_table(view.title(result), view.columns(cells), cells)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import torch.distributed
 
 from onebit.comm import make_backend
@@ -23,6 +24,8 @@ def join(name: str | None, init_method: str | None = None) -> Backend:
     """
     if "RANK" in os.environ and name in (None, *TORCH_BACKENDS):
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if name == "nccl":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group(name or "gloo", init_method=init_method, rank=rank, world_size=size)
         return make_backend(name or "gloo")
     if name is None and int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))) > 1:

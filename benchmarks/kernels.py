@@ -31,18 +31,18 @@ class Coding:
     def taken_apart(self, payload: Tensor) -> Payload:
         """`payload` as the oracle reads it."""
         numel = self.setting.numel
-        return Payload(payload.numpy().reshape(-1), numel, self.setting.codec.block_size or numel)
+        return Payload(payload.cpu().numpy().reshape(-1), numel, self.setting.codec.block_size or numel)
 
 
-def _absent(dtype: torch.dtype) -> Tensor:
-    return torch.empty(0, dtype=dtype)
+def _absent(setting: Setting, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=setting.device)
 
 
 def _encode_inputs(setting: Setting) -> Coding:
-    residual = torch.zeros(setting.numel)
+    residual = torch.zeros(setting.numel, device=setting.device)
     x = setting.normal()
     payload = setting.codec.encode(x, residual)
-    return Coding(setting, x, residual, _absent(torch.uint8), payload)
+    return Coding(setting, x, residual, _absent(setting, torch.uint8), payload)
 
 
 def _encode_run(state: Coding) -> None:
@@ -56,8 +56,8 @@ def _encode_check(state: Coding) -> Callable[[], int]:
 
 def _reduce_inputs(setting: Setting) -> Coding:
     payloads = torch.stack([setting.codec.encode(setting.normal(rank)) for rank in range(setting.payloads)])
-    residual = torch.zeros(setting.numel)
-    return Coding(setting, _absent(setting.dtype), residual, payloads, torch.zeros_like(payloads[0]))
+    residual = torch.zeros(setting.numel, device=setting.device)
+    return Coding(setting, _absent(setting, setting.dtype), residual, payloads, torch.zeros_like(payloads[0]))
 
 
 def _reduce_run(state: Coding) -> None:
@@ -66,11 +66,11 @@ def _reduce_run(state: Coding) -> None:
 
 
 def _reduce_check(state: Coding) -> Callable[[], int]:
-    before = state.residual.numpy().copy()
+    before = state.residual.clone().cpu().numpy()
     sources = [state.taken_apart(payload) for payload in state.payloads]
-    after = state.residual.numpy()
 
     def wrong() -> int:
+        after = state.residual.cpu().numpy()
         target = state.taken_apart(state.payload)
         count = 0
         for span in spans(target.numel, target.block):
@@ -85,8 +85,8 @@ def _reduce_check(state: Coding) -> Callable[[], int]:
 
 def _decode_inputs(setting: Setting) -> Coding:
     payload = setting.codec.encode(setting.normal())
-    x = torch.zeros(setting.numel, dtype=setting.dtype)
-    return Coding(setting, x, _absent(torch.float32), _absent(torch.uint8), payload)
+    x = torch.zeros(setting.numel, dtype=setting.dtype, device=setting.device)
+    return Coding(setting, x, _absent(setting, torch.float32), _absent(setting, torch.uint8), payload)
 
 
 def _decode_run(state: Coding) -> None:
@@ -98,10 +98,10 @@ def _decode_check(state: Coding) -> Callable[[], int]:
     source = state.taken_apart(state.payload)
 
     def wrong() -> int:
-        count = 0
+        count, decoded = 0, state.x.cpu()
         for span in spans(source.numel, source.block):
-            expected = torch.from_numpy(source.values(span)).to(state.x.dtype)
-            count += int((expected != state.x[span]).sum())
+            expected = torch.from_numpy(source.values(span)).to(decoded.dtype)
+            count += int((expected != decoded[span]).sum())
         return count
 
     return wrong
@@ -123,6 +123,7 @@ KERNELS: tuple[Case[Coding], ...] = (
         summary="SignCodec.encode of a tensor and its residual",
         family="kernels",
         against=("copy", "chain"),
+        capturable=True,
         moved=encoded,
         inputs=_encode_inputs,
         run=_encode_run,
@@ -133,6 +134,7 @@ KERNELS: tuple[Case[Coding], ...] = (
         summary="SignCodec.reduce_encode of --payloads payloads",
         family="kernels",
         against=("copy",),
+        capturable=True,
         moved=_reduce_encoded,
         inputs=_reduce_inputs,
         run=_reduce_run,
@@ -143,6 +145,7 @@ KERNELS: tuple[Case[Coding], ...] = (
         summary="SignCodec.decode into a tensor that exists",
         family="kernels",
         against=("copy",),
+        capturable=True,
         moved=_decoded,
         inputs=_decode_inputs,
         run=_decode_run,

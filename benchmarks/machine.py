@@ -12,10 +12,10 @@ import torch
 PACKAGES = ("onebit", "torch", "numba", "numpy", "mpi4py")
 
 
-def describe() -> dict[str, object]:
-    """Device, processor model, cores and memory of this machine."""
+def describe(device: str = "cpu") -> dict[str, object]:
+    """Device, processor model, cores and memory of this machine; `device` is ``"cpu"`` or ``"cuda"``."""
     return {
-        "device": "cpu",
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "cpu": _cpu_model(),
         "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
@@ -36,9 +36,11 @@ def priority() -> str:
     return f"nice {nice}" if nice else "normal"
 
 
-def kind() -> str:
-    """The machine's kind, as result files are named: ``cpu-2core``."""
-    return f"cpu-{cores()}core"
+def kind(device: str = "cpu") -> str:
+    """The machine's kind, as result files are named: ``cpu-2core``, ``h200``."""
+    if device == "cpu":
+        return f"cpu-{cores()}core"
+    return torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
 
 
 def versions() -> dict[str, str]:

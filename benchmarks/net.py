@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("-n", "--iters", type=int, default=15, help="timed runs of each case")
     flags.add_argument("--bucket_mb", type=float, default=16.0, help="bucket size of the compressed average")
+    flags.add_argument("--plot", action="store_true", help="draw the JSON result, beside it")
     return flags
 
 
@@ -34,13 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: measured and right; 1: a rank failed or elements are wrong; 69: a tool is missing; 77: not allowed here."""
     options = _parser().parse_args(arguments)
     wanted = [
-        "--case=collectives",
+        "--cases=collectives",
         f"--name={_name(options)}",
         f"--link={options.hosts} namespaces, {options.rate}" + (f", {options.delay}" if options.delay else ""),
         f"--output={options.output}",
         *up_to(options.maxbytes),
         f"-n{options.iters}",
         f"--bucket_mb={options.bucket_mb}",
+        *["--plot"] * options.plot,
     ]
     try:
         with shaped_hosts(options.rate, options.hosts, options.delay) as hosts:

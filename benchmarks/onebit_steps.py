@@ -63,7 +63,7 @@ class Training:
             )(momentum)
             expected = _updated(before, momentum, state["exp_avg_sq"], group["step"] + 1, float(state["variance_step"]))
             held = self.optimizer.state_dict()["state"][0]["exp_avg"]
-            count = int((expected != self.param.detach()).sum()) + int((momentum != held).sum())
+            count = int((expected != self.param.detach().cpu()).sum()) + int((momentum != held).sum())
             digest = float(self.param.detach().view(torch.int32).sum(dtype=torch.int64))
             digests = gather_numbers(setting.backend, [digest])
             return count + (0 if digests[0] == digests[setting.backend.rank] else setting.numel)
@@ -77,8 +77,8 @@ def _updated(x: Tensor, momentum: Tensor, variance: Tensor, step: int, variance_
     rate = np.float32(OPTIONS["lr"] / (1 - beta1**step))
     root = np.float32(1 / (1 - beta2**variance_step) ** 0.5)
     keep = np.float32(1 - OPTIONS["lr"] * OPTIONS["weight_decay"])
-    spread = np.sqrt(variance.numpy()) * root + np.float32(OPTIONS["eps"])
-    return torch.from_numpy(x.numpy() * keep - rate * momentum.numpy() / spread)
+    spread = np.sqrt(variance.cpu().numpy()) * root + np.float32(OPTIONS["eps"])
+    return torch.from_numpy(x.cpu().numpy() * keep - rate * momentum.cpu().numpy() / spread)
 
 
 def _problem(setting: Setting) -> Parameter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from onebit.benchmarks.driver import Sweep
 from onebit.benchmarks.sizes import parse_size, sweep_sizes
 from onebit.benchmarks.tables import CASES, select
+from onebit.compress import OnebitError, SignCodec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = ("gloo", "nccl", "mpi", "threads")
@@ -24,6 +25,8 @@ class Options:
     sizes: tuple[int, ...]
     sweep: Sweep
     dtype: torch.dtype
+    codec: SignCodec
+    device: str
     cases: tuple[str, ...] | None
     backend: str | None
     ranks: int
@@ -35,14 +38,15 @@ class Options:
     name: str | None
     link: str
     output: Path | None
+    plot: bool
 
 
 def parser() -> argparse.ArgumentParser:
     """Every flag with its help."""
     flags = argparse.ArgumentParser(
         prog="python -m onebit.benchmarks",
-        description="Times onebit's kernels and collectives and checks what they give. Runs alone, under torchrun, or "
-        "under mpiexec with --backend mpi.",
+        description="Times onebit's kernels, collectives and steps and checks what they give. Runs alone, under "
+        "torchrun, or under mpiexec with --backend mpi. 'python -m onebit.benchmarks plot' draws JSON results.",
         epilog="cases: " + "; ".join(f"{case.name} ({case.family}): {case.summary}" for case in CASES),
     )
     flags.add_argument("-b", "--minbytes", type=parse_size, default="256M", help="first size, bytes of the tensor")
@@ -50,9 +54,15 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("-f", "--stepfactor", type=int, default=2, help="each size is so many times the one before")
     flags.add_argument("-n", "--iters", type=int, default=20, help="timed runs of each case")
     flags.add_argument("-w", "--warmup_iters", type=int, default=3, help="runs before them")
+    flags.add_argument("-m", "--agg_iters", type=int, default=1, help="runs that are timed as one")
     flags.add_argument("-c", "--check", type=int, choices=(0, 1), default=1, help="count wrong elements")
     flags.add_argument("-d", "--dtype", choices=DTYPES, default="fp32", help="of the tensor; residuals are fp32")
-    flags.add_argument("--case", help="cases or families, comma-separated (alone: kernels; with ranks: collectives)")
+    flags.add_argument("-G", "--graph", type=int, choices=(0, 1), default=0, help="on CUDA, time graphs")
+    flags.add_argument(
+        *("--cases", "--case"), help="cases or families, comma-separated (alone: kernels; with ranks: collectives)"
+    )
+    flags.add_argument("--codec", default="", help="options of SignCodec: block_size=64,scale=rms,kernels=reference")
+    flags.add_argument("--device", choices=("cpu", "cuda"), help="of the tensors (nccl: cuda, else cpu)")
     flags.add_argument("--backend", choices=BACKENDS, help="transport (gloo under torchrun, else none)")
     flags.add_argument("--ranks", type=int, default=2, help="ranks of --backend threads")
     flags.add_argument("--init_method", help="where the ranks of torch.distributed meet, such as file:///shared/file")
@@ -63,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--name", help="name of the result")
     flags.add_argument("--link", default="this machine", help="how the result names what is between the ranks")
     flags.add_argument("--output", type=Path, help="folder for the JSON result (none: no JSON)")
+    flags.add_argument("--plot", action="store_true", help="draw the JSON result, beside it")
     return flags
 
 
@@ -71,16 +82,27 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     flags = parser()
     given = flags.parse_args(arguments)
     try:
-        cases = tuple(given.case.split(",")) if given.case else None
+        cases = tuple(given.cases.split(",")) if given.cases else None
         select(cases or ())
+        device = given.device or ("cuda" if given.backend == "nccl" else "cpu")
+        _check_together(given, device)
         sizes = sweep_sizes(given.minbytes, given.maxbytes or given.minbytes, given.stepfactor)
-        sweep = Sweep(iterations=given.iters, warmup=given.warmup_iters, check=bool(given.check))
+        sweep = Sweep(
+            iterations=given.iters,
+            warmup=given.warmup_iters,
+            check=bool(given.check),
+            together=given.agg_iters,
+            graph=bool(given.graph),
+        )
+        codec = parse_codec(given.codec)
     except ValueError as error:
         flags.error(str(error))
     return Options(
         sizes=tuple(sizes),
         sweep=sweep,
         dtype=DTYPES[given.dtype],
+        codec=codec,
+        device=device,
         cases=cases,
         backend=given.backend,
         ranks=given.ranks,
@@ -92,4 +114,41 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         name=given.name,
         link=given.link,
         output=given.output,
+        plot=given.plot,
     )
+
+
+def parse_codec(text: str) -> SignCodec:
+    """The codec of ``"block_size=64,scale=rms"``; an empty text is the default one.
+
+    Raises:
+        ValueError: no such option, or not a value of it.
+    """
+    kinds: dict[str, Callable[[str], object]] = {
+        "block_size": lambda value: None if value == "none" else int(value),
+        "scale": str,
+        "kernels": str,
+    }
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    unknown = [name for name, _, _ in pairs if name not in kinds]
+    if unknown:
+        raise ValueError(f"--codec knows {', '.join(kinds)}; got {', '.join(unknown)}")
+    try:
+        options = {name: kinds[name](value) for name, _, value in pairs}
+        return SignCodec(**options)  # type: ignore[arg-type]
+    except OnebitError as error:
+        raise ValueError(f"--codec {text}: {error}") from error
+
+
+def _check_together(given: argparse.Namespace, device: str) -> None:
+    """Flags that need others.
+
+    Raises:
+        ValueError: one is alone.
+    """
+    if given.graph and device != "cuda":
+        raise ValueError("--graph 1 needs --device cuda: only CUDA work is captured in graphs")
+    if given.plot and not given.output:
+        raise ValueError("--plot draws the JSON result: name its folder with --output")
+    if {"nccl": "cuda", "gloo": "cpu"}.get(given.backend, device) != device:
+        raise ValueError(f"--backend {given.backend} does not carry tensors on {device}")

@@ -24,17 +24,18 @@ def default_folder() -> Path:
     return CHECKOUT if (CHECKOUT.parent / "driver.py").is_file() else ELSEWHERE
 
 
-def make(name: str, run: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> Document:
+def make(name: str, run: Mapping[str, object], rows: Sequence[Mapping[str, object]], device: str = "cpu") -> Document:
     """The document of one run.
 
-    name: ``"kernels"``, ``"gloo-2"``, ``"net-1gbit"``, ...; run: how it ran (ranks, backend, link, threads, counts).
+    name: ``"kernels"``, ``"gloo-2"``, ``"net-1gbit"``, ...; run: how it ran (ranks, backend, link, threads, counts);
+    device: ``"cpu"`` or ``"cuda"``.
     """
     return {
         "schema": SCHEMA,
         "name": name,
-        "kind": machine.kind(),
+        "kind": machine.kind(device),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.describe(),
+        "machine": machine.describe(device),
         "versions": machine.versions(),
         "run": {**run, "priority": machine.priority()},
         "rows": [dict(row) for row in rows],
@@ -58,6 +59,13 @@ def save(result: Document, folder: Path) -> Path:
     path = folder / f"{result['kind']}-{result['name']}-{result['created'][:10]}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def paths(given: Path) -> list[Path]:
+    """The results of this package in a folder, in the order of their names; or the one file that is given."""
+    if not given.is_dir():
+        return [given]
+    return [path for path in sorted(given.glob("*.json")) if "schema" in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def load(path: Path) -> Document:

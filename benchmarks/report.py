@@ -1,7 +1,8 @@
-"""`python -m onebit.benchmarks.report`: writes the tables of docs/benchmarks.md from the newest JSON results.
+"""`python -m onebit.benchmarks.report`: the tables and plots of docs/benchmarks.md from the newest JSON results.
 
 A page marks where a table stands by a line ``<!-- results: NAME -->`` and a later line ``<!-- end -->``; what is
-between them is replaced. NAME is the name of a result: ``kernels``, ``gloo-2``, ``net-1gbit``, ``first-call``.
+between them is replaced. NAME is the name of a result: ``kernels``, ``gloo-2``, ``net-1gbit``, ``first-call``. A result
+of several sizes is also drawn, as is one whose mark ends in ``with plot``.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onebit.benchmarks import console, record, view
+from onebit.benchmarks import console, plot, record, view
 from onebit.benchmarks.view import Cells
 
-SECTION = re.compile(r"(?m)^<!-- results: (?P<name>\S+) -->\n(?:.*\n)*?<!-- end -->$")
+SECTION = re.compile(r"(?m)^<!-- results: (?P<name>\S+)(?P<plot> with plot)? -->\n(?:.*\n)*?<!-- end -->$")
 
 
 def newest(folder: Path) -> dict[str, list[record.Document]]:
     """For each name the newest result of each kind of machine, kinds in alphabetical order."""
     latest: dict[tuple[str, str], record.Document] = {}
-    for path in sorted(set(folder.glob("*.json")) - {folder / "gpu-tests.json"}):
+    for path in record.paths(folder):
         result = record.load(path)
         key = (result["name"], result["kind"])
         if key not in latest or latest[key]["created"] < result["created"]:
@@ -37,20 +38,36 @@ def fill(page: str, found: Mapping[str, Sequence[record.Document]]) -> str:
     """`page` with every marked section made anew; a section without results keeps what it has."""
 
     def section(match: re.Match[str]) -> str:
-        name = match["name"]
-        if name not in found:
+        blocks = [_block(result, _is_drawn(result, match)) for result in found.get(match["name"], ())]
+        if not blocks:
             return match[0]
-        tables = "\n\n".join(_block(result) for result in found[name])
-        return f"<!-- results: {name} -->\n{tables}\n<!-- end -->"
+        return "\n".join([match[0].partition("\n")[0], "\n\n".join(blocks), "<!-- end -->"])
 
     return SECTION.sub(section, page)
 
 
-def _block(result: record.Document) -> str:
-    """A caption, a table, and where the time of the last row with stages, the largest size, went."""
+def draw(page: str, found: Mapping[str, Sequence[record.Document]], folder: Path) -> None:
+    """Write the pictures that the marked sections of `page` show to `folder`."""
+    for match in SECTION.finditer(page):
+        for result in found.get(match["name"], ()):
+            if _is_drawn(result, match):
+                plot.draw(result, folder / _picture(result))
+
+
+def _is_drawn(result: record.Document, mark: re.Match[str]) -> bool:
+    return bool(plot.sweeps(result["rows"])) or (mark["plot"] is not None and plot.pictured(result))
+
+
+def _picture(result: record.Document) -> str:
+    return f"benchmarks-{result['kind']}-{result['name']}.png"
+
+
+def _block(result: record.Document, drawn: bool) -> str:
+    """A caption, a table, where the time of the last row with stages, the largest size, went, and a picture."""
     rows = [_columns_of(row) for row in result["rows"]]
     shares = [_shares(row) for row in result["rows"] if row.get("stages")]
-    return "\n\n".join([_caption(result), _markdown(rows), *shares[-1:]])
+    picture = f"![{result['name']} on {result['kind']}]({_picture(result)})"
+    return "\n\n".join([_caption(result), _markdown(rows), *shares[-1:], *[picture] * drawn])
 
 
 def _shares(row: Mapping[str, Any]) -> str:
@@ -109,8 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = flags.parse_args(arguments)
     page = options.page.read_text(encoding="utf-8")
     found = newest(options.results)
+    draw(page, found, options.page.parent)
     options.page.write_text(fill(page, found), encoding="utf-8")
-    for name in SECTION.findall(page):
+    for name in (match["name"] for match in SECTION.finditer(page)):
         console.say(f"{name}: {len(found[name])} table(s)" if name in found else f"{name}: no result, left as it was")
     return 0
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from onebit.benchmarks.case import Case, Setting
 from onebit.benchmarks.link import Link
@@ -18,12 +20,20 @@ SETTLE = 0.01
 
 @dataclass
 class Station:
-    """One case at one setting, and what has been seen of it so far."""
+    """One case at one setting, and what has been seen of it so far.
+
+    Attributes:
+        together: runs that are timed as one, so that on CUDA the launch of the first hides that of the others.
+        graph: on CUDA, a captured run is replayed instead of started again.
+    """
 
     case: Case[Any]
     setting: Setting
     link: Link | None
+    together: int = 1
+    graph: bool = False
     state: Any = None
+    go: Callable[[], object] = field(default=lambda: None)
     seconds: list[float] = field(default_factory=list)
     wire: list[int] = field(default_factory=list)
     carried: list[int] = field(default_factory=list)
@@ -31,8 +41,9 @@ class Station:
     wrong: int | None = None
 
     def prepare(self) -> None:
-        """Make the inputs."""
+        """Make the inputs, and the graph."""
         self.state = self.case.inputs(self.setting)
+        self.go = self._captured() if self.graph else lambda: self.case.run(self.state)
 
     def run(self) -> None:
         """One timed run, after a barrier."""
@@ -41,19 +52,17 @@ class Station:
         time.sleep(SETTLE)
         backend.barrier()
         sent, carried = backend.traffic.wire_bytes, self.link.sent() if self.link else 0
-        start = time.perf_counter()
-        self.case.run(self.state)
-        self.seconds.append(time.perf_counter() - start)
-        self.wire.append(backend.traffic.wire_bytes - sent)
+        self.seconds.append(self._timed())
+        self.wire.append((backend.traffic.wire_bytes - sent) // self.together)
         if self.link:
             backend.barrier()  # a peer may still be receiving what waits in this interface's queue
-            self.carried.append(self.link.sent() - carried)
+            self.carried.append((self.link.sent() - carried) // self.together)
 
     def check(self) -> None:
         """One run that is not timed, and the count of wrong elements over all ranks."""
         self.case.refresh(self.state)
         count = self.case.check(self.state)
-        self.case.run(self.state)
+        self.go()
         self.wrong = int(sum(row[0] for row in gather_numbers(self.setting.backend, [float(count())])))
 
     def forget(self) -> None:
@@ -63,8 +72,8 @@ class Station:
 
     def stages(self) -> dict[str, float]:
         """Mean seconds of each stage in a timed run, on this rank; read before `check`."""
-        now = self.case.stages(self.state)
-        return {name: (total - self.before.get(name, 0.0)) / len(self.seconds) for name, total in now.items()}
+        now, runs = self.case.stages(self.state), len(self.seconds) * self.together
+        return {name: (total - self.before.get(name, 0.0)) / runs for name, total in now.items()}
 
     def slowest(self) -> list[float]:
         """The time of each round on its slowest rank; every rank calls it."""
@@ -73,3 +82,29 @@ class Station:
     def bandwidths(self) -> np.ndarray:
         """Bytes per second of each round."""
         return self.case.moved(self.setting) / np.array(self.seconds)
+
+    def _timed(self) -> float:
+        """Seconds of one run: on the CPU by the clock, on CUDA from event to event."""
+        if self.setting.device.type == "cpu":
+            start = time.perf_counter()
+            for _ in range(self.together):
+                self.go()
+            return (time.perf_counter() - start) / self.together
+        torch.cuda.synchronize(self.setting.device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        for _ in range(self.together):
+            self.go()
+        last.record()
+        last.synchronize()
+        milliseconds: float = first.elapsed_time(last)
+        return milliseconds / 1e3 / self.together
+
+    def _captured(self) -> Callable[[], object]:
+        """A replay of a run; the run before it allocates and compiles what may not be captured."""
+        self.case.run(self.state)
+        torch.cuda.synchronize(self.setting.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.case.run(self.state)
+        return graph.replay

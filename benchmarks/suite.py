@@ -26,32 +26,33 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_argument("-n", "--iters", type=int, help="timed runs of each case (kernels 12, averages 20)")
     flags.add_argument("--ranks", type=int, default=2, help="ranks that average")
     flags.add_argument("--repeats", type=int, default=3, help="fresh processes per state of the compile cache; 0: none")
+    flags.add_argument("--plot", action="store_true", help="draw the JSON results, beside them")
     return flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all measured and right; 1: a part failed or found wrong elements, which its messages tell."""
     options = _parser().parse_args(arguments)
-    output = f"--output={options.output}"
+    output = [f"--output={options.output}", *["--plot"] * options.plot]
     statuses = [
-        _kernels([f"-b{options.kernel_size}", f"-n{options.iters or 12}", output]),
-        _averages(options.ranks, [*up_to(options.average_size), f"-n{options.iters or 20}", output]),
+        _kernels([f"-b{options.kernel_size}", f"-n{options.iters or 12}", *output]),
+        _averages(options.ranks, [*up_to(options.average_size), f"-n{options.iters or 20}", *output]),
     ]
     if options.repeats:
-        statuses.append(first_call.main([f"--repeats={options.repeats}", output]))
+        statuses.append(first_call.main([f"--repeats={options.repeats}", f"--output={options.output}"]))
     return max(statuses)
 
 
 def _kernels(arguments: Sequence[str]) -> int:
     """The kernels and their yardsticks, in a process of their own."""
-    command = [sys.executable, "-m", "onebit.benchmarks", "--case=kernels", "--name=kernels", *arguments]
+    command = [sys.executable, "-m", "onebit.benchmarks", "--cases=kernels", "--name=kernels", *arguments]
     return min(1, abs(subprocess.run(command).returncode))
 
 
 def _averages(ranks: int, arguments: Sequence[str]) -> int:
-    """The collectives on Gloo over loopback."""
+    """The collectives and their stages on Gloo over loopback."""
     try:
-        launch(loopback(ranks), ["--case=collectives", f"--name=gloo-{ranks}", "--link=loopback", *arguments])
+        launch(loopback(ranks), ["--cases=collectives,stages", "--link=loopback", *arguments])
     except RankError as error:
         console.say(f"{error}", stderr=True)
         return 1

@@ -1,18 +1,19 @@
-"""The one table of cases, and how `--case` picks from it."""
+"""The one table of cases, and how `--cases` picks from it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from onebit.benchmarks.adam import ADAM_RANKS
+from onebit.benchmarks.adam import ADAM, ADAM_RANKS
 from onebit.benchmarks.case import Case
 from onebit.benchmarks.collectives import COLLECTIVES
 from onebit.benchmarks.kernels import KERNELS
 from onebit.benchmarks.onebit_steps import STEPS
+from onebit.benchmarks.stages import STAGES
 from onebit.benchmarks.yardsticks import YARDSTICKS
 
-CASES: tuple[Case[Any], ...] = (*YARDSTICKS, *KERNELS, *COLLECTIVES, *ADAM_RANKS, *STEPS)
+CASES: tuple[Case[Any], ...] = (*YARDSTICKS, *KERNELS, *COLLECTIVES, *STAGES, *STEPS, *ADAM, *ADAM_RANKS)
 
 
 def select(names: Iterable[str], cases: tuple[Case[Any], ...] = CASES) -> list[list[Case[Any]]]:

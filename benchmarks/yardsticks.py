@@ -25,9 +25,15 @@ class Copy:
 
 
 def _copy_inputs(setting: Setting) -> Copy:
-    source, target = setting.normal(), torch.zeros(setting.numel, dtype=setting.dtype)
-    words = [np.array_split(tensor.view(torch.uint8).numpy(), setting.threads) for tensor in (source, target)]
-    return Copy(source, target, ThreadPoolExecutor(setting.threads), list(zip(*words, strict=True)))
+    source = setting.normal()
+    return Copy(source, torch.zeros_like(source), ThreadPoolExecutor(setting.threads))
+
+
+def _split_inputs(setting: Setting) -> Copy:
+    state = _copy_inputs(setting)
+    words = [np.array_split(t.view(torch.uint8).numpy(), setting.threads) for t in (state.source, state.target)]
+    state.pieces = list(zip(*words, strict=True))
+    return state
 
 
 def _copy_torch(state: Copy) -> None:
@@ -83,7 +89,7 @@ def _check_chain(state: Chain) -> Callable[[], int]:
 
 def count_wrong(sums: Tensor, residual: Tensor, payload: Payload) -> int:
     """Wrong elements of an encoding of `sums`: (k,) float32, exactly what was to be encoded."""
-    exact, after = sums.numpy(), residual.numpy()
+    exact, after = sums.cpu().numpy(), residual.cpu().numpy()
     return sum(
         wrong_encoding(exact[span].astype(np.float64), np.zeros(span.stop - span.start), payload, after[span], span)
         for span in spans(len(exact), payload.block)
@@ -110,6 +116,7 @@ YARDSTICKS: tuple[Case[Copy] | Case[Chain], ...] = (
         summary="Tensor.copy_, on torch's threads",
         family="kernels",
         role="copy",
+        capturable=True,
         moved=_copied,
         inputs=_copy_inputs,
         run=_copy_torch,
@@ -120,8 +127,9 @@ YARDSTICKS: tuple[Case[Copy] | Case[Chain], ...] = (
         summary="numpy.copyto, split over as many threads",
         family="kernels",
         role="copy",
+        devices=("cpu",),
         moved=_copied,
-        inputs=_copy_inputs,
+        inputs=_split_inputs,
         run=_copy_numpy,
         check=_check_copy,
     ),
@@ -130,6 +138,7 @@ YARDSTICKS: tuple[Case[Copy] | Case[Chain], ...] = (
         summary="the torch ops and numpy.packbits that encode replaces",
         family="kernels",
         role="chain",
+        devices=("cpu",),
         moved=encoded,
         inputs=_chain_inputs,
         run=_chain_run,

@@ -1,14 +1,11 @@
-"""The Adam benchmark makes the steps that it says, sees a wrong one, and draws what it measured."""
+"""The Adam benchmark makes the steps that it says, and sees a wrong one."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 
-from onebit.benchmarks import adam, record
-from onebit.benchmarks.adam_plot import plot, relative_times
+from onebit.benchmarks import adam
 from onebit.benchmarks.case import Setting
 from onebit.benchmarks.driver import Sweep, drive
 from onebit.comm import make_backend
@@ -38,12 +35,3 @@ def test_another_step_counts_as_wrong(error: str) -> None:
     rows = drive(adam.contest([one]), [Setting(numel=5000, backend=BACKEND)], SWEEP)
     assert rows[0].wrong is not None
     assert rows[0].wrong > 4000
-
-
-def test_the_plot_shows_how_much_longer_each_takes(tmp_path: Path) -> None:
-    rows = drive(adam.contest((adam.OURS, *adam.TORCH)), [Setting(numel=4096, backend=BACKEND)], SWEEP)
-    rows += drive(adam.mixed(), [Setting(numel=4096, backend=BACKEND)], SWEEP)
-    result = record.make("adam", {}, [*map(record.row_fields, rows)])
-    assert relative_times(result).keys() == {"4 Ki float32"}
-    pytest.importorskip("matplotlib")
-    assert plot(result, tmp_path / "adam.png").read_bytes().startswith(b"\x89PNG")

@@ -71,7 +71,7 @@ def test_every_kernel_case_is_right_at_sizes_off_the_block_grid(numel: int, dtyp
 def test_averages_are_right_on_ranks_that_are_threads(ranks: int) -> None:
     [collectives] = select(["collectives"])
     for rows in run_threads(ranks, average, collectives, 5000, torch.float32):
-        assert {row.case: row.wrong for row in rows} == {"all_reduce": 0, "compressed": 0}
+        assert {row.case: row.wrong for row in rows} == {case.name: 0 for case in collectives}
 
 
 def test_every_rank_reports_the_same_times() -> None:
@@ -83,7 +83,35 @@ def test_every_rank_reports_the_same_times() -> None:
 def test_wire_bytes_counted_equal_the_formula_where_blocks_divide_evenly() -> None:
     [collectives] = select(["collectives"])
     rows = run_threads(2, average, collectives, 64 * 1024, torch.float32)[0]
-    assert [(row.wire_bytes, row.wire_formula) for row in rows] == [(262144, 262144), (8448, 8448)]
+    expected = {"all_reduce": 262144, "all_reduce-bf16": 131072, "plain-buckets": 262144, "compressed": 8448}
+    assert {row.case: row.wire_bytes for row in rows} == {row.case: row.wire_formula for row in rows} == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_of_half_precision_are_right(dtype: torch.dtype) -> None:
+    [collectives] = select(["collectives"])
+    for row in run_threads(2, average, collectives, 5000, dtype)[0]:
+        assert row.wrong == 0, row.case
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("numel", NUMELS)
+def test_every_stage_is_right_alone(numel: int, ranks: int) -> None:
+    [stages] = select(["stages"])
+    for rows in run_threads(ranks, average, stages, numel, torch.float32):
+        assert {row.case: row.wrong for row in rows} == {case.name: 0 for case in stages}
+
+
+@pytest.mark.parametrize("name", ["stage-all_to_all", "stage-all_gather"])
+def test_a_byte_that_arrives_wrong_is_counted(name: str) -> None:
+    [[case]] = select([name])
+
+    def broken(state: Any) -> None:
+        case.run(state)
+        state.received[5] ^= 1
+
+    rows = run_threads(2, average, [dataclasses.replace(case, run=broken)], 5000, torch.float32)
+    assert [row.wrong for [row] in rows] == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["encode", "reduce_encode", "decode"])
@@ -167,6 +195,29 @@ def test_case_names_are_unique_and_yardsticks_exist() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     roles = {case.role for case in CASES}
     assert all(set(case.against) <= roles for case in CASES)
+
+
+def test_runs_that_are_timed_as_one_share_its_time(clock: Clock) -> None:
+    case = clock.case("case", lambda run: float(run))
+    [row] = drive([case], [alone(1)], Sweep(iterations=2, warmup=1, together=3))
+    assert row.seconds == (5.0, 8.0)  # (4 + 5 + 6) / 3 and (7 + 8 + 9) / 3
+
+
+def test_a_case_is_left_out_on_a_device_that_it_does_not_run_on(clock: Clock) -> None:
+    cases = [clock.case("here", lambda run: 1.0), clock.case("elsewhere", lambda run: 1.0, devices=("cuda",))]
+    assert [row.case for row in drive(cases, [alone(1)], QUICK)] == ["here"]
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "all_reduce-bf16", "plain-buckets"])
+def test_an_average_that_is_off_is_counted(name: str) -> None:
+    [[case]] = select([name])
+
+    def broken(state: Exchange) -> None:
+        case.run(state)
+        state.tensor[17] += 0.5
+
+    rows = run_threads(2, average, [dataclasses.replace(case, run=broken)], 5000, torch.float32)
+    assert [row.wrong for [row] in rows] == [2, 2]
 
 
 @pytest.mark.parametrize("options", [{"iterations": 0}, {"warmup": -1}])

@@ -10,6 +10,7 @@ import torch
 
 from onebit.benchmarks.options import parse
 from onebit.benchmarks.sizes import format_size, parse_size, sweep_sizes
+from onebit.compress import SignCodec
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,26 @@ def test_flags_arrive() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "codec"),
+    [
+        ("", SignCodec()),
+        ("block_size=64,scale=rms", SignCodec(block_size=64, scale="rms")),
+        ("block_size=none,kernels=reference", SignCodec(block_size=None, kernels="reference")),
+    ],
+)
+def test_a_codec_is_read_from_its_options(text: str, codec: SignCodec) -> None:
+    assert parse([f"--codec={text}"]).codec == codec
+
+
+def test_tensors_are_where_the_backend_carries_them() -> None:
+    assert [parse(flags).device for flags in ([], ["--backend=nccl"], ["--backend=mpi", "--device=cuda"])] == [
+        "cpu",
+        "cuda",
+        "cuda",
+    ]
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["-b2K", "-e1K"], "-b 2048 -e 1024"),
@@ -55,6 +76,13 @@ def test_flags_arrive() -> None:
         (["-n0"], "iterations >= 1"),
         (["-bmuch"], "'much' is no size"),
         (["--case=sort"], "no case sort; there are"),
+        (["-G1"], "--graph 1 needs --device cuda"),
+        (["-m0"], "at least 1 run together"),
+        (["--plot"], "name its folder with --output"),
+        (["--backend=gloo", "--device=cuda"], "gloo does not carry tensors on cuda"),
+        (["--codec=bits=2"], "knows block_size, scale, kernels; got bits"),
+        (["--codec=block_size=7"], "--codec block_size=7: "),
+        (["--codec=block_size=much"], "invalid literal"),
         (["--backend=tcp"], "invalid choice: 'tcp'"),
     ],
 )

@@ -36,7 +36,7 @@ def test_a_document_has_every_field(document: Document) -> None:
 
 
 def test_every_row_has_every_field_and_is_right(document: Document) -> None:
-    assert len(document["rows"]) == 8
+    assert len(document["rows"]) == 10
     for row in document["rows"]:
         assert row.keys() == ROW
         assert row["wrong"] == 0
@@ -48,7 +48,7 @@ def test_ratios_name_their_yardstick(document: Document) -> None:
     ratios = {row["case"]: set(row["ratios"]) for row in document["rows"]}
     assert ratios["encode"] == {"copy", "chain"}
     assert ratios["decode"] == {"copy"}
-    assert ratios["compressed"] == {"plain"}
+    assert ratios["compressed"] == {"plain", "bf16"}
 
 
 def test_a_document_tells_no_paths(document: Document) -> None:
