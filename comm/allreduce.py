@@ -9,6 +9,7 @@ Two-phase compressed averaging with error feedback on both sides: Tang et al. 20
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from onebit.comm.residual import Place, Residual
 from onebit.comm.stats import Stats, fp32_bytes
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, all_finite, as_list, check_same, resolve
 from onebit.compress import SignCodec
+from onebit.compress.codec import as_codec
 from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout
 
@@ -75,8 +77,10 @@ class CompressedAllreduce:
     ) -> None:
         check_mode(mode)
         tensors = as_list(like)
-        self.codec = SignCodec() if codec is None else codec
+        self.codec = as_codec(codec)
         self.backend: Backend = resolve(tensors, backend)
+        if not isinstance(residual, (Residual, NoneType)):
+            raise InputError(f"residual must be an onebit.comm.Residual or None, got {type(residual).__name__}")
         self.residual = Residual() if residual is None else residual
         bucket_mb = bucket_mb_for(tensors, bucket_mb)
         place = self._plan(tensors, max(int(bucket_mb * 2**20) // 4, 1))

@@ -166,7 +166,7 @@ class Backend(ABC):
     device_type: str | None
 
     def __init__(self, rank: int, size: int, timeout: float | None = None) -> None:
-        if timeout is not None and not timeout > 0:
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
             raise BackendError(f"timeout must be a positive number of seconds, got {timeout!r}")
         self.rank = rank
         self.size = size

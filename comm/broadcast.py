@@ -22,8 +22,8 @@ def broadcast(tensors: Tensors, backend: object = None, source: int = 0) -> None
     """
     listed = as_list(tensors)
     group = resolve(listed, backend)
-    if not 0 <= source < group.size:
-        raise InputError(f"rank {group.rank}: broadcast: source must be in [0, {group.size}), got {source}")
+    if not isinstance(source, int) or not 0 <= source < group.size:
+        raise InputError(f"rank {group.rank}: broadcast: source must be in [0, {group.size}), got {source!r}")
     agree_on_tensors(group, "broadcast", listed, {"source": source})
     if group.size == 1:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +92,8 @@ class Residual:
         Raises:
             InputError: `factor` is not finite.
         """
-        if not torch.isfinite(torch.tensor(float(factor))):
-            raise InputError(f"rescale: the factor must be finite, got {factor}")
+        if not isinstance(factor, (int, float, Tensor)) or not math.isfinite(factor):
+            raise InputError(f"rescale: the factor must be finite, got {factor!r}")
         for part in (*self.worker, *self.server):
             part.mul_(factor)
         if self._pending is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ def as_list(tensors: Tensors) -> list[Tensor]:
     Raises:
         InputError: something in it is not a tensor.
     """
+    if not isinstance(tensors, (Tensor, Iterable)):
+        raise InputError(f"expected a tensor or a list of tensors, got {type(tensors).__name__}")
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for index, t in enumerate(listed):
         if not isinstance(t, Tensor):
@@ -78,7 +80,8 @@ class Kind:
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether `tensor` is of this kind."""
-        return tensor.dtype == self.dtype and tensor.shape == self.shape and tensor.device == self.device
+        alike = tensor.dtype == self.dtype and tensor.shape == self.shape and tensor.device == self.device
+        return alike and tensor.layout == torch.strided
 
 
 def check_same(rank: int, tensors: Sequence[Tensor], like: Sequence[Kind]) -> None:

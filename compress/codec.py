@@ -202,7 +202,7 @@ class SignCodec:
         if layout is None:
             if content is None:
                 raise InputError(f"{operation}: give numel= (payloads of one tensor) or layout= (of several)")
-            sizes = [_checked_numel(content, operation)] if isinstance(content, int) else [t.numel() for t in content]
+            sizes = [t.numel() for t in content] if isinstance(content, list) else [_checked_numel(content, operation)]
             return self.plan(sizes)[0]
         if layout.shared_scale != (self.block_size is None) or self.block_size not in (None, layout.block_size):
             raise InputError(f"{operation}: the layout was planned with another block_size than {self.block_size}")
@@ -215,6 +215,19 @@ class SignCodec:
                         "when shapes change"
                     )
         return layout
+
+
+def as_codec(codec: SignCodec | None) -> SignCodec:
+    """Return `codec`, or the default one for None.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if codec is None:
+        return SignCodec()
+    if not isinstance(codec, SignCodec):
+        raise InputError(f"a codec must be a SignCodec, such as SignCodec(block_size=1024), or None, got {codec!r}")
+    return codec
 
 
 @dataclass(frozen=True)
@@ -326,10 +339,10 @@ def _tensors(x: Tensor | Sequence[Tensor], operation: str) -> Sequence[Tensor]:
     """Check a tensor or a list of them: one supported dtype, contiguous."""
     tensors = [x] if isinstance(x, Tensor) else list(x)
     for t in tensors:
-        if t.dtype not in DTYPES:
+        if t.dtype not in DTYPES or t.layout != torch.strided:
             raise InputError(
-                f"{operation}: takes float32, bfloat16 or float16, got {_name(t)} of shape {tuple(t.shape)}; convert "
-                "it first"
+                f"{operation}: takes dense float32, bfloat16 or float16, got {_name(t)} of shape {tuple(t.shape)}"
+                f"{'' if t.layout == torch.strided else f' with layout {t.layout}'}; convert it first"
             )
         if t.dtype != tensors[0].dtype:
             raise InputError(f"{operation}: tensors of one call share a dtype, got {_name(tensors[0])} and {_name(t)}")
@@ -349,7 +362,7 @@ def _one_device(tensors: Sequence[Tensor], operation: str) -> torch.device:
 
 
 def _check_bytes(tensor: Tensor, operation: str) -> None:
-    if tensor.dtype != torch.uint8 or not tensor.is_contiguous():
+    if tensor.dtype != torch.uint8 or tensor.layout != torch.strided or not tensor.is_contiguous():
         raise InputError(f"{operation}: payload bytes are a contiguous uint8 tensor, got {_name(tensor)}")
 
 
@@ -375,8 +388,8 @@ def _check_aligned(payloads: Tensor, operation: str) -> None:
 
 
 def _checked_numel(numel: int, operation: str) -> int:
-    if numel < 0:
-        raise InputError(f"{operation}: numel must not be negative, got {numel}")
+    if type(numel) is not int or numel < 0:
+        raise InputError(f"{operation}: numel must be an int of at least 0, got {numel!r}")
     return numel
 
 

@@ -15,7 +15,7 @@ from onebit.comm.tensors import describe
 from onebit.compress import InputError
 from onebit.compress.kernels import DTYPES
 from onebit.optim.adam_state import DECOUPLED, Saved, read_state
-from onebit.optim.options import check_adam_options
+from onebit.optim.options import check_adam_options, check_flags
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -206,6 +206,7 @@ class AdamBase(torch.optim.Optimizer):
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raise InputError if an option of a group, without its parameters, cannot be used."""
         check_adam_options(type(self).__name__, group)
+        check_flags(type(self).__name__, group, "bias_correction", "maximize", self.mode_option)
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         params = group["params"]

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def save(folder: str | os.PathLike[str], optimizer: CompressedOptimizer, **extra
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         with unfinished.open("wb") as file:
-            torch.save(content, file)
+            _write(content, file)
             file.flush()
             os.fsync(file.fileno())
         _read(unfinished, mmap=True, check=False)
@@ -221,6 +222,15 @@ def _brief(error: Exception) -> str:
     """What an error says; of torch.load's, without the advice to trust the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "Unpickler error" in line), lines[0])
+
+
+def _write(content: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(content, file)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:  # what pickle raises for what it cannot take
+        raise InputError(
+            f"this cannot be saved: {error}; give tensors, numbers, strings and containers of them"
+        ) from error
 
 
 def _flush_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,12 +71,20 @@ def clip_grad_norm_(
 
 
 def _checked(max_norm: float, norm_type: float) -> float:
-    p = float(norm_type)
+    p = _number(norm_type)
     if not p > 0:
         raise InputError(f"clip_grad_norm_: norm_type must be more than 0, got {norm_type!r}")
-    if not float(max_norm) >= 0:
+    if not _number(max_norm) >= 0:
         raise InputError(f"clip_grad_norm_: max_norm must be at least 0, got {max_norm!r}")
     return p
+
+
+def _number(value: Any) -> float:
+    """What torch takes for a number, ``"inf"`` too; NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _parameters(

@@ -48,6 +48,7 @@ def check_state(
         own_keys: what it keeps of a parameter beside Adam's state.
         check_options: raises for options of a group that are out of range; those not saved stay as they are.
     """
+    _refuse_deepspeed(owner, state_dict)
     extra = state_dict.get(EXTRA) if isinstance(state_dict, Mapping) else None
     version = extra.get(VERSION) if isinstance(extra, Mapping) else FORMAT
     if type(version) is not int or version != FORMAT:
@@ -63,6 +64,18 @@ def check_state(
         numels.append([p.numel() for p, entry in zip(group["params"], entries, strict=True) if entry])
     if extra is not None:
         _check_extra(owner, extra, numels)
+
+
+def _refuse_deepspeed(owner: str, state_dict: Any) -> None:
+    """Raise InputError, with the way, for the state of a 1-bit optimizer of DeepSpeed as it is."""
+    entries = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+    for entry in entries.values() if isinstance(entries, Mapping) else ():
+        if isinstance(entry, Mapping) and {"worker_error", "server_error"} & entry.keys():
+            raise InputError(
+                f"{owner}: the state to load is one of DeepSpeed's 1-bit optimizers (it has worker_error or "
+                "server_error): its error feedback belongs to other blocks, its step is no tensor. docs/migration.md "
+                "has from_deepspeed(saved, optimizer), which makes of it what load_state_dict takes; nothing was loaded"
+            )
 
 
 def _check_groups(owner: str, state_dict: Any, params: Sequence[Sequence[Tensor]]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Real
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,32 @@ _UNSUPPORTED = {
     "comm_backend_name": "the option is called backend",
     "deepspeed": "no engine is needed",
 }
+
+
+class RightOptions:
+    """Values of options that were found right, by group, so that a step looks only at those that have changed.
+
+    Values are told apart by being other objects: a tensor that is written to on its device is not looked at again.
+
+    Args:
+        progress: names that a group has beside options, for how far it has come.
+    """
+
+    def __init__(self, progress: Collection[str]) -> None:
+        self._apart = {"params", *progress}
+        self._right: dict[int, list[Any]] = {}
+
+    def changed(self, g: int, group: Mapping[str, Any]) -> bool:
+        """Whether group `g` has other values than those that were remembered."""
+        values, right = self._values(group), self._right.get(g)
+        return right is None or len(right) != len(values) or not all(map(is_, values, right))
+
+    def remember(self, g: int, group: Mapping[str, Any]) -> None:
+        """The values that group `g` has are right."""
+        self._right[g] = self._values(group)
+
+    def _values(self, group: Mapping[str, Any]) -> list[Any]:
+        return [value for name, value in group.items() if name not in self._apart]
 
 
 def check_supported(owner: str, options: Mapping[str, Any], *, known: bool = True) -> None:
