@@ -15,12 +15,13 @@ from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.ddp import AveragingHook, unattached
 from onebit.comm.tensors import describe
 from onebit.compress import InputError, SignCodec
+from onebit.compress.codec import as_codec
 from onebit.compress.kernels import DTYPES
 from onebit.optim import copying
 from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers, StagedExchange
 from onebit.optim.loading import check_state
 from onebit.optim.metrics import Metrics, metrics
-from onebit.optim.options import check_count, check_flags, check_supported
+from onebit.optim.options import RightOptions, check_count, check_flags, check_supported
 from onebit.optim.owners import owned_by_another, take_over
 from onebit.optim.pending import PendingSteps
 from onebit.optim.regroup import put_back, take_out
@@ -90,7 +91,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         defaults = {**defaults, "compress": True, "master_weights": master_weights, **self._progress}
         self._check_group_options(defaults)
         self._bucket_mb = None if bucket_mb is None else bucket_mb_for([], bucket_mb)
-        self._codec = SignCodec() if codec is None else codec
+        self._codec = as_codec(codec)
         # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process
         # group is often made after the optimizer.
         self._spec = backend
@@ -101,6 +102,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._skipped_steps = 0
         self._check_every = check_every
         self._calls = 0
+        self._right_options = RightOptions(self._progress)
         self.gradients_averaged = False
         self.averager: AveragingHook | None = None
         super().__init__(params, defaults)
@@ -198,8 +200,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 `check_every`: replicas are not equal any more; the step was made.
             TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
             InputError: a gradient that cannot be averaged, such as a sparse one, or that another averages as well, or
-                another optimizer has begun to update the same parameters, or a CUDA graph is being captured; nothing
-                was changed.
+                an option that was set out of range, or another optimizer has begun to update the same parameters, or a
+                CUDA graph is being captured; nothing was changed.
         """
         self._refuse_capture()
         loss = None
@@ -207,7 +209,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         refusal = owned_by_another(self, self.backend.rank)
-        self._agree(refusal or self._refused_gradient() or self._refused_averages())
+        self._agree(refusal or self._refused_option() or self._refused_gradient() or self._refused_averages())
         self._learn_what_matters()
         exchanges: list[Exchange] = []
         try:
@@ -411,6 +413,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: parameter {index} must be dense float32, bfloat16 or float16, got "
                     f"{describe(p)} with layout {p.layout}; leave it out or convert it"
                 )
+
+    def _refused_option(self) -> InputError | None:
+        """Why an option that was set since the last look is out of range; None if none is."""
+        for g, group in enumerate(self.param_groups):
+            if self._right_options.changed(g, group):
+                try:
+                    self._check_loaded_options(group)
+                except InputError as error:
+                    return InputError(f"rank {self.backend.rank}: group {g}: {error}")
+                self._right_options.remember(g, group)
+        return None
 
     def _refused_gradient(self) -> InputError | None:
         """Why this rank's gradients cannot be averaged; None if they can."""
