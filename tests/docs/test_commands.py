@@ -16,7 +16,7 @@ SIZES = re.compile(r" -[bef] \w+")
 COMMANDS = [
     pytest.param(command, marks=[pytest.mark.mpi, needs_mpi] if command.startswith("mpiexec") else [])
     for command in sorted(
-        {SIZES.sub("", c) for _, c in commands() if re.search(r"-m onebit\.benchmarks (?!--help)", c)}
+        {SIZES.sub("", c) for _, c in commands() if re.search(r"-m onebit\.benchmarks( -(?!-help)|$)", c)}
     )
 ]
 
