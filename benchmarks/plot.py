@@ -35,13 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def pictured(result: Document) -> bool:
-    """Whether there is something to draw: times of several sizes, or ratios."""
-    return bool(sweeps(result["rows"]) or ratios(result["rows"]))
+def pictured(result: Document, role: str | None = None) -> bool:
+    """Whether `draw` of the same arguments has something to draw: times of several sizes, or ratios."""
+    return bool(sweeps(result["rows"]) or ratios(result["rows"], role))
 
 
-def draw(result: Document, path: Path) -> Path:
+def draw(result: Document, path: Path, role: str | None = None) -> Path:
     """Write the picture of a result to `path`, a PNG, and return that.
+
+    role: the one yardstick that bars are drawn of; None: all.
 
     Raises:
         SystemExit: matplotlib is not installed.
@@ -50,7 +52,7 @@ def draw(result: Document, path: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SystemExit('plots need the package "matplotlib": pip install "onebit[bench]"') from error
-    swept, bars = sweeps(result["rows"]), ratios(result["rows"])
+    swept, bars = sweeps(result["rows"]), ratios(result["rows"], role)
     height = 3.6 if swept else 1.0 + 0.22 * len(bars)
     figure = Figure(figsize=(9.2 if swept else 7.0, height), layout="constrained")
     if swept:
@@ -75,12 +77,13 @@ def sweeps(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
     return {name: [sizes[numel] for numel in sorted(sizes)] for name, sizes in found.items() if len(sizes) > 2}
 
 
-def ratios(rows: Rows) -> dict[str, Mapping[str, float]]:
-    """The quartiles of each case's ratio to each of its yardsticks, by a name that says which."""
+def ratios(rows: Rows, only: str | None = None) -> dict[str, Mapping[str, float]]:
+    """The quartiles of each case's ratio to each of its yardsticks, or to one, by a name that says which."""
     return {
         f"{row['case']}, {elements(row['numel'])} {row['dtype']}, over {role}": spread
         for row in rows
         for role, spread in row.get("ratios", {}).items()
+        if only in (None, role)
     }
 
 

@@ -2,7 +2,7 @@
 
 A page marks where a table stands by a line ``<!-- results: NAME -->`` and a later line ``<!-- end -->``; what is
 between them is replaced. NAME is the name of a result: ``kernels``, ``gloo-2``, ``net-1gbit``, ``first-call``. A result
-of several sizes is also drawn, as is one whose mark ends in ``with plot``.
+of several sizes is also drawn, as is one whose mark ends in ``with plot`` or ``with plot of ROLE``, a yardstick.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Any
 from onebit.benchmarks import console, plot, record, view
 from onebit.benchmarks.view import Cells
 
-SECTION = re.compile(r"(?m)^<!-- results: (?P<name>\S+)(?P<plot> with plot)? -->\n(?:.*\n)*?<!-- end -->$")
+SECTION = re.compile(
+    r"(?m)^<!-- results: (?P<name>\S+)(?P<plot> with plot(?: of (?P<role>\S+))?)? -->\n"
+    r"(?:.*\n)*?<!-- end -->$"
+)
 
 
 def newest(folder: Path) -> dict[str, list[record.Document]]:
@@ -51,11 +54,11 @@ def draw(page: str, found: Mapping[str, Sequence[record.Document]], folder: Path
     for match in SECTION.finditer(page):
         for result in found.get(match["name"], ()):
             if _is_drawn(result, match):
-                plot.draw(result, folder / _picture(result))
+                plot.draw(result, folder / _picture(result), match["role"])
 
 
 def _is_drawn(result: record.Document, mark: re.Match[str]) -> bool:
-    return bool(plot.sweeps(result["rows"])) or (mark["plot"] is not None and plot.pictured(result))
+    return bool(plot.sweeps(result["rows"])) or (mark["plot"] is not None and plot.pictured(result, mark["role"]))
 
 
 def _picture(result: record.Document) -> str:
