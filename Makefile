@@ -11,9 +11,10 @@ RATE   ?= 1gbit
 HOSTS  ?= 2
 DELAY  ?=
 
-STRIKES    ?= 312
-INJECTIONS ?= 2000
-SOAK       ?= 20000
+STRIKES     ?= 312
+INJECTIONS  ?= 2000
+WRONG_CALLS ?= 10000
+SOAK        ?= 20000
 
 VENV     := .venv
 PEER_VENV := out/peers
@@ -38,7 +39,7 @@ help: ## print this list
 	@sed -En 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
 		printf '%-12s %s\n' "$$target" "$$text"; done
 	@echo
-	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  HOSTS=$(HOSTS)  DELAY=$(DELAY)  PEERS=$(PEERS)  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)  SOAK=$(SOAK)'
+	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  HOSTS=$(HOSTS)  DELAY=$(DELAY)  PEERS=$(PEERS)  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)  WRONG_CALLS=$(WRONG_CALLS)  SOAK=$(SOAK)'
 
 .PHONY: setup
 setup: $(INSTALLED) ## build .venv with the versions of constraints.txt; needs the network the first time only
@@ -56,9 +57,9 @@ test-mpi: setup ## run the tests over MPI with NP ranks
 	ONEBIT_TEST_NP=$(NP) $(BIN)/python -m pytest -m mpi
 
 .PHONY: torture
-torture: setup ## kill, stop and delay ranks, spoil gradients, and make SOAK steps; minutes on many cores
-	$(BIN)/python -m tests.faults.campaign --strikes $(STRIKES) --injections $(INJECTIONS) --soak $(SOAK) \
-		--output benchmarks/results
+torture: setup ## strike at ranks, spoil gradients, make wrong calls and SOAK steps; minutes on many cores
+	$(BIN)/python -m tests.faults.campaign --strikes $(STRIKES) --injections $(INJECTIONS) \
+		--wrong-calls $(WRONG_CALLS) --soak $(SOAK) --output benchmarks/results
 
 .PHONY: lint
 lint: setup ## check style and types

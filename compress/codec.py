@@ -362,7 +362,7 @@ def _one_device(tensors: Sequence[Tensor], operation: str) -> torch.device:
 
 
 def _check_bytes(tensor: Tensor, operation: str) -> None:
-    if tensor.dtype != torch.uint8 or tensor.layout != torch.strided or not tensor.is_contiguous():
+    if tensor.dtype != torch.uint8 or not _is_contiguous(tensor):
         raise InputError(f"{operation}: payload bytes are a contiguous uint8 tensor, got {_name(tensor)}")
 
 
@@ -389,7 +389,7 @@ def _check_aligned(payloads: Tensor, operation: str) -> None:
 
 def _checked_numel(numel: int, operation: str) -> int:
     if type(numel) is not int or numel < 0:
-        raise InputError(f"{operation}: numel must be an int of at least 0, got {numel!r}")
+        raise InputError(f"{operation}: numel must be an int and not be negative, got {numel!r}")
     return numel
 
 
@@ -400,10 +400,11 @@ def _check_residual(
         return
     segments = layout.segments if chunk is None else layout.chunk_segments(chunk)
     least = max((layout.residual_span(s).stop for s in segments), default=0)
-    if residual.dtype != torch.float32 or not residual.is_contiguous() or residual.device != device:
+    contiguous = _is_contiguous(residual)
+    if residual.dtype != torch.float32 or not contiguous or residual.device != device:
         raise InputError(
             f"the residual must be contiguous float32 on {device}, got {_name(residual)} on {residual.device}, "
-            f"{'contiguous' if residual.is_contiguous() else 'strided'}"
+            f"{'contiguous' if contiguous else 'strided or sparse'}"
         )
     if not least <= residual.numel() <= max(padded, least):
         raise InputError(f"the residual must have from {least} to {padded} elements, got {residual.numel()}")
@@ -442,6 +443,10 @@ def _payload_output(out: Tensor | None, payloads: int, layout: Layout, device: t
     for spare in layout.spare_bytes:
         rows[:, spare].zero_()
     return out
+
+
+def _is_contiguous(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.is_contiguous()  # which not every sparse tensor can be asked
 
 
 def _name(tensor: Tensor) -> str:

@@ -1,10 +1,11 @@
 """The fault campaign: strikes, bad numbers, wrong calls and a soak; counts what came of them and writes JSON.
 
-    python -m tests.faults.campaign --strikes 300 --injections 1000 --soak 20000 --output benchmarks/results
+    python -m tests.faults.campaign --strikes 300 --injections 1000 --wrong-calls 10000 --soak 20000
 
 Real processes over Gloo and MPI are killed, stopped and held up at random points; ranks as threads get numbers that are
-not finite; four processes make thousands of steps. The status is 1 if anything was lost: a hang, ranks with different
-bits, a checkpoint that does not load, memory that grows. `make torture` runs it.
+not finite; public names get arguments that they must refuse; four processes make thousands of steps. The status is 1 if
+anything was lost: a hang, ranks with different bits, a checkpoint that does not load, an error that is not documented,
+memory that grows. `make torture` runs it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from tests.faults.soak import soak_all
 from tests.faults.spoil import Tally, spoiled
 from tests.faults.strikes import LIMIT, strike_all
 from tests.faults.training import MAKERS
+from tests.faults.wrong_calls import Tally as Answers
+from tests.faults.wrong_calls import wrong_calls
 
 Row = dict[str, Any]
 SOAK_RANKS = 4
@@ -55,6 +58,13 @@ def _bad_numbers(options: argparse.Namespace) -> list[Row]:
     for tally in _shared_out(spoiled, options.injections, options):
         total.take_in(tally)
     return [{"campaign": "bad numbers", "backend": "threads", **total.row(), "said": total.said}]
+
+
+def _wrong_calls(options: argparse.Namespace) -> list[Row]:
+    total = Answers()
+    for tally in _shared_out(wrong_calls, options.wrong_calls, options):
+        total.take_in(tally)
+    return [{"campaign": "wrong calls", "backend": "threads", **total.row()}] if total.calls else []
 
 
 def _soak(options: argparse.Namespace) -> list[Row]:
@@ -96,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = argparse.ArgumentParser(prog="python -m tests.faults.campaign", description=__doc__.splitlines()[0])
     flags.add_argument("--strikes", type=int, default=48, help="processes to kill, stop or hold up")
     flags.add_argument("--injections", type=int, default=1000, help="numbers that are not finite")
+    flags.add_argument("--wrong-calls", type=int, default=0, help="calls that must be refused")
     flags.add_argument("--soak", type=int, default=0, help="compressed steps of each optimizer on four ranks")
     flags.add_argument("--backends", default="gloo,mpi", help="what carries the runs that are struck")
     flags.add_argument("--ranks", type=int, default=2, help="processes of a run that is struck")
@@ -105,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--output", type=Path, help="folder for the JSON result (none: no JSON)")
     options = flags.parse_args(arguments)
     os.environ.setdefault("ONEBIT_NUM_THREADS", "1")  # ranks side by side would wait for each other's threads
-    rows = [*_strikes(options), *_bad_numbers(options), *_soak(options)]
+    rows = [*_strikes(options), *_bad_numbers(options), *_wrong_calls(options), *_soak(options)]
     settings = {name: value for name, value in vars(options).items() if name not in ("backends", "output")}
     result = record.make("torture", {"backend": options.backends, "link": "this machine", **settings}, rows)
     _show(rows)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 
 def crew(jobs: int) -> ProcessPoolExecutor:
-    """`jobs` workers, each with one thread; what they say of skipped steps is not shown.
+    """`jobs` workers, each with one thread; their warnings, of skipped steps and the like, are not shown.
 
     They are spawned, for torch's threads do not survive a fork. Ctrl-C ends the campaign in the process that has them,
     which waits for what they are at.
@@ -21,6 +22,7 @@ def crew(jobs: int) -> ProcessPoolExecutor:
 
 def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
     logging.getLogger("onebit").setLevel(logging.ERROR)
     torch.set_num_threads(1)
 
