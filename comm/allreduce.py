@@ -231,8 +231,9 @@ class CompressedAllreduce:
             self._flight = work
         self.stats.calls += 1
         self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
+        work._in_line = not overlap and len(self._buckets) == 1
         if send:
-            work._send_all(in_line=not overlap and len(self._buckets) == 1)
+            work._send_all()
 
     def _undo_flight(self) -> None:
         """A stage has failed: put back the error feedback of what was not averaged."""
@@ -285,6 +286,7 @@ class CompressedWork:
         self._to_send = set(range(len(self._buckets)))
         self._to_pass_on = set(self._to_send)
         self._lost: set[int] = set()
+        self._in_line = False
         self._received = False
         self._stages = owner._stages
 
@@ -434,9 +436,9 @@ class CompressedWork:
             bucket.undo_reduce(keep=finite)
         self.accept()
 
-    def _send_all(self, in_line: bool) -> None:
+    def _send_all(self) -> None:
         for index in sorted(self._to_send):
-            self._send(index, in_line)
+            self._send(index, self._in_line)
 
     def _send(self, index: int, in_line: bool) -> None:
         """Phase 1 of a part up to the transport."""
@@ -448,7 +450,7 @@ class CompressedWork:
             bucket.exchange(in_line)
 
     def _reduce(self) -> None:
-        self._send_all(in_line=False)
+        self._send_all()
         for index in sorted(self._to_pass_on):
             self.pass_on(index)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers, Stage
 from onebit.optim.loading import check_state
 from onebit.optim.metrics import Metrics, metrics
 from onebit.optim.options import RightOptions, check_count, check_flags, check_supported
+from onebit.optim.overlap import Overlap, overlapped_bucket_mb
 from onebit.optim.owners import owned_by_another, take_over
 from onebit.optim.pending import PendingSteps
 from onebit.optim.regroup import put_back, take_out
@@ -52,6 +54,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         master_weights: keep an fp32 copy of parameters in half precision, so that small updates add up.
         unsupported: keyword arguments that the subclass does not know, to be refused.
         bucket_mb, backend, codec: as for `onebit.comm.CompressedAllreduce`.
+        overlap: start exchanges during backward; see `onebit.optim.overlap`.
         check_every: k: every k-th call of `step` ends with `check_replicas`; None: it is not called.
 
     Attributes:
@@ -85,9 +88,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         backend: object = None,
         codec: SignCodec | None = None,
         check_every: int | None = None,
+        overlap: bool = False,
     ) -> None:
         check_supported(type(self).__name__, unsupported or {}, known=False)
         check_count(type(self).__name__, "check_every", check_every, "steps between two checks of replicas")
+        check_flags(type(self).__name__, {"overlap": overlap}, "overlap")
         defaults = {**defaults, "compress": True, "master_weights": master_weights, **self._progress}
         self._check_group_options(defaults)
         self._bucket_mb = None if bucket_mb is None else bucket_mb_for([], bucket_mb)
@@ -105,6 +110,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._right_options = RightOptions(self._progress)
         self.gradients_averaged = False
         self.averager: AveragingHook | None = None
+        self._overlap = Overlap(self) if overlap else None
+        self._lent: dict[int, list[Tensor | None]] = {}  # by the identity of a group: gradients to be filled in later
         super().__init__(params, defaults)
 
     @property
@@ -114,6 +121,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
             device = next((p.device for group in self.param_groups for p in group["params"]), None)
             self._backend = make_backend(self._spec, device=device)
         return self._backend
+
+    @property
+    def overlapped(self) -> tuple[int, int]:
+        """Of the last step's buckets, how many were sent during backward, and all; 0 and 0 if it was not overlapped."""
+        return (0, 0) if self._overlap is None else (self._overlap.started, self._overlap.buckets)
 
     @property
     def skipped_steps(self) -> int:
@@ -160,6 +172,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         Raises:
             InputError: a parameter has an unsupported dtype or layout, or options are out of range; nothing was added.
         """
+        self._refuse_under_way("add_param_group()")
         before = len(self.param_groups)
         if before and not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])  # it may be an iterator, and torch reads it too
@@ -175,7 +188,25 @@ class CompressedOptimizer(torch.optim.Optimizer):
             raise
         for index in lost:
             self._regrouped(index)
-        self._agreed = False
+        self._start_over()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients: backward passes in this context start no exchange, also with ``overlap=True``.
+
+        The last backward before `step` stands outside. Without ``overlap`` nothing is started in any backward.
+        """
+        with contextlib.nullcontext() if self._overlap is None else self._overlap.no_sync():
+            yield
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, as torch does; with ``overlap=True`` between backward and `step` it gives the step up.
+
+        It is collective then: the ranks that call `step` instead skip that step too, and error feedback is put back.
+        """
+        if self._overlap is not None:
+            self._overlap.give_up()
+        super().zero_grad(set_to_none)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedOptimizer:
         """Copy parameters and state; every rank must do the same, for a copy's first step makes ranks agree anew."""
@@ -210,15 +241,21 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         refusal = owned_by_another(self, self.backend.rank)
         self._agree(refusal or self._refused_option() or self._refused_gradient() or self._refused_averages())
-        self._learn_what_matters()
+        self._make(self._exchange_all if self._overlap is None else self._overlap.exchange_all)
+        return loss
+
+    def _make(self, exchange_all: Callable[[list[Exchange]], None], *, on_device: bool = True) -> None:
+        """Make a step, or skip it if some rank has a number that is not finite.
+
+        Args:
+            exchange_all: fills a list with the exchanges of all groups, in order; they are undone if it raises.
+            on_device: the device may decide whether it is made.
+        """
         exchanges: list[Exchange] = []
         try:
-            for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
-                exchanges.append(self._exchange(group, reducers))
-                if isinstance(exchanges[-1], StagedExchange):
-                    exchanges[-1].sending.finish()
+            exchange_all(exchanges)
             flags = [exchange.all_finite() for exchange in exchanges]
-            settling = _settling(exchanges, flags)
+            settling = _settling(exchanges, flags) if on_device else []
             made = not settling and all(bool(flag) for flag in flags)
         except BaseException:  # an interrupt too, so that whoever handles it can save a whole state
             for exchange in exchanges:
@@ -232,13 +269,25 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._calls += 1
         if self._check_every and self._calls % self._check_every == 0:
             check_replicas(self)
-        return loss
+        if self._overlap is not None:
+            self._overlap.watch()
+
+    def _exchange_all(self, exchanges: list[Exchange]) -> None:
+        self._learn_what_matters()
+        for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
+            exchanges.append(self._exchange(group, reducers))
+            if isinstance(exchanges[-1], StagedExchange):
+                exchanges[-1].sending.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state_dict plus this rank's error feedback; every rank has its own to save.
 
         It consists of tensors, numbers, strings and containers, so ``torch.load(..., weights_only=True)`` reads it.
+
+        Raises:
+            InputError: it is called between backward and `step`, with ``overlap=True``.
         """
+        self._refuse_under_way("state_dict()")
         self._pending.wait()
         state: dict[str, Any] = super().state_dict()
         residuals = [reducers.residual.state_dict() for reducers in self._of_groups()]
@@ -251,6 +300,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         Raises:
             InputError: it is of another version or of other parameters, incomplete or damaged; nothing was changed.
         """
+        self._refuse_under_way("load_state_dict()")
         self.check_state_dict(state_dict)
         extra = state_dict.get(EXTRA)
         self._pending.wait()
@@ -266,7 +316,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)
         self._reducers = [self._group_reducers(residual) for residual in residuals]
         self._skipped_steps = extra["skipped_steps"] if extra else 0
-        self._agreed = False
+        self._start_over()
 
     def check_state_dict(self, state_dict: Any) -> None:
         """Raise the InputError that `load_state_dict` would raise, and change nothing."""
@@ -276,13 +326,32 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def phase(self, group: int = 0) -> str:
         """How the next step of a parameter group is made; the subclasses say which phases they have."""
 
+    def _start_over(self) -> None:
+        """The next step is made as the first: ranks agree anew."""
+        self._agreed = False
+        if self._overlap is not None:
+            self._overlap.start_over()
+
+    def _refuse_under_way(self, call: str) -> None:
+        if self._overlap is not None:
+            self._overlap.refuse_under_way(call)
+
     @abstractmethod
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
-        """Send and receive what one group needs for its next step, changing nothing but error feedback."""
+        """What one group needs for its next step, staged or sent and received; only error feedback has changed."""
 
     @abstractmethod
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raise InputError if an option of a group is out of range."""
+
+    def _is_staged(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group's next exchange is staged, and can so be made before gradients are there."""
+        return False
+
+    def _look_at_others(
+        self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Say what is to be said about gradients that a staged compressed exchange did not send."""
 
     def _averages(self, group: Mapping[str, Any]) -> bool:
         """Whether a group's next step is made of the exact mean gradient."""
@@ -310,6 +379,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _gradients(self, group: Mapping[str, Any]) -> list[Tensor | None]:
         """This rank's gradients of a group, as they are; or, under a GradScaler, unscaled in new fp32 tensors."""
+        if id(group) in self._lent:
+            return self._lent[id(group)]
         given: list[Tensor | None] = [p.grad for p in group["params"]]
         here = [g for g in given if g is not None]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -330,6 +401,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             "backend": self._spec,
             "codec": self._codec,
             "check_every": self._check_every,
+            "overlap": self._overlap is not None,
         }
 
     def _refuse_capture(self) -> None:
@@ -390,7 +462,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return self._reducers
 
     def _group_reducers(self, residual: Residual | None = None) -> GroupReducers:
-        return GroupReducers(lambda: self.backend, self._codec, self._bucket_mb, residual)
+        return GroupReducers(lambda: self.backend, self._codec, self._bucket_size(), residual)
+
+    def _bucket_size(self) -> float:
+        """MiB of fp32 that travel together."""
+        size = bucket_mb_for if self._overlap is None else overlapped_bucket_mb
+        return size(self.param_groups[0]["params"], self._bucket_mb)
 
     def _check_group_options(self, group: Mapping[str, Any]) -> None:
         check_supported(type(self).__name__, group)
@@ -476,8 +553,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._agreed = True
 
     def _facts(self) -> dict[str, str]:
-        bucket_mb = bucket_mb_for(self.param_groups[0]["params"], self._bucket_mb)
-        facts = {"the codec": str(self._codec), "bucket_mb": str(bucket_mb), "check_every": str(self._check_every)}
+        facts = {"the codec": str(self._codec), "bucket_mb": str(self._bucket_size())}
+        facts.update({"check_every": str(self._check_every), "overlap": str(self._overlap is not None)})
         for g, group in enumerate(self.param_groups):
             facts[f"the number of parameters of group {g}"] = str(len(group["params"]))
             for key, value in group.items():

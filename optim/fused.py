@@ -10,6 +10,7 @@ from torch import Tensor
 
 from onebit.comm import CompressedAllreduce, CompressedWork, Part
 from onebit.compress.kernels import DTYPES
+from onebit.optim.exchange import CompressedSending
 from onebit.optim.kernels import Momentum, StepKernels
 from onebit.optim.known import Known
 from onebit.optim.master import fp32_values
@@ -121,14 +122,14 @@ class FusedMomentum:
 
 
 class FusedStep:
-    """One compressed step whose fate the host decides; nothing but error feedback has changed yet.
+    """One compressed step, a staged exchange whose fate the host decides; until then only error feedback changes.
 
     Args:
         average: the group's momentum.
         group: its options.
         known: what is updated, one parameter per tensor of the average.
-        gradients: this rank's own, of the same parameters; None counts as zero. They must stay as they are until the
-            step is over.
+        gradients: this rank's own, of the same parameters; None counts as zero. They are read when they are sent, and
+            must stay as they are then until the step is over.
     """
 
     def __init__(
@@ -144,15 +145,18 @@ class FusedStep:
         self._known = known
         self._params = known.params
         self._states = known.states
-        self._gradients = row_major(gradients)
+        self._gradients = gradients
+        self._rows: dict[int, Sequence[Tensor | None]] = {}
         self._factors = self._local_factors()
         self._masters = self._fp32_copies()
         self._values: Sequence[Tensor] = self._params
         if self._factors["l2"]:
             pairs = zip(self._masters, self._params, strict=True)
             self._values = row_major([p if master is None else master for master, p in pairs])
-        self._work: CompressedWork = average.reduce.start_with(self._encode, self._undo_encode, overlap=False)
-        self._work.finish()
+        self._work: CompressedWork = average.reduce.start_with(
+            self._encode, self._undo_encode, overlap=False, send=False
+        )
+        self.sending = CompressedSending(self._work, average.reduce.parts, known.indices)
 
     def all_finite(self) -> Tensor:
         """0-dim bool, the same on every rank."""
@@ -172,7 +176,7 @@ class FusedStep:
 
     def _let_go(self) -> None:
         """Forget the work, which knows this step: gradients are to be freed at once, not by the garbage collector."""
-        del self._work
+        del self._work, self.sending
 
     def _local_factors(self) -> dict[str, Any]:
         """What makes a momentum local; see `StepKernels.encode_momentum`."""
@@ -196,7 +200,14 @@ class FusedStep:
         self._kernels.undo_encode(part, *self._inputs(part), **self._factors, proceed=made)
 
     def _inputs(self, part: Part) -> tuple[Sequence[Tensor | None], Momentum, Sequence[Tensor]]:
-        return of_part(part, self._gradients), self._momentum(part), of_part(part, self._values)
+        return self._rows_of(part), self._momentum(part), of_part(part, self._values)
+
+    def _rows_of(self, part: Part) -> Sequence[Tensor | None]:
+        """The gradients of a part, row-major, as they were when it was encoded."""
+        key = part.sent.data_ptr()
+        if key not in self._rows:
+            self._rows[key] = row_major(of_part(part, self._gradients))
+        return self._rows[key]
 
     def _momentum(self, part: Part) -> Momentum:
         """The momentum that the step starts from."""

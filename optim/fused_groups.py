@@ -96,6 +96,11 @@ class FusedGroups(CompressedOptimizer):
         self._fused.pop(reducers, None)
         reducers.renew()
 
+    def _look_at_others(
+        self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
+    ) -> None:
+        self._known(group).warn_of_others(gradients, reducers)
+
     def _unfuse(self, group: Mapping[str, Any], reducers: GroupReducers) -> None:
         """Have the momentum in the states, in fp32; the next fused step starts from there."""
         if reducers in self._fused:

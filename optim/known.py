@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ class Known:
         self._counts.add_(1.0)
 
     def of(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Those of the parameters, of the gradients of the whole group."""
-        return [gradients[i] for i in self.indices] if self._others else gradients
+        """Those of the parameters, of the gradients of the whole group, as they are when they are looked at."""
+        return _Picked(gradients, self.indices) if self._others else gradients
 
     def warn_of_others(self, gradients: Sequence[Tensor | None], reducers: GroupReducers) -> None:
         """Say once what to do about a parameter that is left alone, when it first has a gradient on this rank."""
@@ -80,6 +80,26 @@ def known_indices(
     if late:
         _warn(late, reducers)
     return known
+
+
+class _Picked(Sequence[Tensor | None]):
+    """Some items of a list that may change."""
+
+    def __init__(self, items: Sequence[Tensor | None], indices: Sequence[int]) -> None:
+        self._items = items
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor | None]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor | None] | None:
+        if isinstance(index, slice):
+            return [self._items[i] for i in self._indices[index]]
+        return self._items[self._indices[index]]
 
 
 def _has_variance(state: Mapping[str, Any] | None) -> bool:

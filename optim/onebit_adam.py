@@ -61,6 +61,8 @@ class OnebitAdam(FusedGroups):
         codec: what goes on the wire after warm-up.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
+        overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in
+            `no_sync`, and leave gradients as they are between backward and `step`.
 
     Raises:
         InputError: an option is out of range or a parameter has an unsupported dtype.
@@ -89,6 +91,7 @@ class OnebitAdam(FusedGroups):
         backend: object = None,
         codec: SignCodec | None = None,
         check_every: int | None = None,
+        overlap: bool = False,
         **unsupported: NoReturn,
     ) -> None:
         defaults = {
@@ -113,6 +116,7 @@ class OnebitAdam(FusedGroups):
             backend=backend,
             codec=codec,
             check_every=check_every,
+            overlap=overlap,
         )
 
     def phase(self, group: int = 0) -> str:
@@ -145,6 +149,9 @@ class OnebitAdam(FusedGroups):
         check_count("OnebitAdam", "total_steps", group["total_steps"], "the length of the training")
         check_count("OnebitAdam", "variance_refresh", group["variance_refresh"], "steps between two, 0 for none", 0)
         check_number("OnebitAdam", "variance_floor", group["variance_floor"], 0.0, 1.0)
+
+    def _is_staged(self, group: Mapping[str, Any]) -> bool:
+        return True
 
     def _averages(self, group: Mapping[str, Any]) -> bool:
         return _phase(group, group["step"]) != "compressed"
@@ -286,10 +293,16 @@ class _Compressed:
 
     def undo(self) -> None:
         self._work.undo()
+        self._let_go()
 
     def commit(self) -> None:
         self._work.decode(self._frozen.momenta())
+        self._let_go()
         self._frozen.update()
+
+    def _let_go(self) -> None:
+        """Forget the work, which knows this step: gradients are to be freed at once, not by the garbage collector."""
+        del self._work, self.sending
 
 
 class _Refresh:

@@ -69,7 +69,8 @@ class Descent(CompressedOptimizer):
 
 class _Deciding:
     def __init__(self, group: Mapping[str, Any], mean: MeanGradients) -> None:
-        self._params, self._mean = group["params"], mean
+        self._params = group["params"]
+        self._mean = self.sending = mean
 
     def all_finite(self) -> Tensor:
         return self._mean.all_finite()
