@@ -24,9 +24,13 @@ def join(name: str | None, init_method: str | None = None) -> Backend:
     """
     if "RANK" in os.environ and name in (None, *TORCH_BACKENDS):
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        device = None
         if name == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group(name or "gloo", init_method=init_method, rank=rank, world_size=size)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group(
+            name or "gloo", init_method=init_method, rank=rank, world_size=size, device_id=device
+        )
         return make_backend(name or "gloo")
     if name is None and int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))) > 1:
         raise SystemExit("started by mpiexec: add --backend mpi")

@@ -1,0 +1,86 @@
+"""The driver on CUDA: every case is right there, alone and over NCCL, started anew and replayed from a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from onebit.benchmarks import Setting, Sweep, drive, record, select
+from onebit.benchmarks.__main__ import main
+from onebit.comm import Backend, CompressedAllreduce, make_backend, tune
+from onebit.compress import SignCodec
+from tests.comm.launcher import run_ranks
+
+NUMEL = 1_000_003  # no whole number of blocks
+WORLD_SIZES = [size for size in (2, 4) if size <= torch.cuda.device_count()]
+needs_two = pytest.mark.skipif(not WORLD_SIZES, reason="needs two CUDA devices")
+
+
+def wrong(backend: Backend, family: str, sweep: Sweep, **options: Any) -> dict[str, int | None]:
+    """Wrong elements of each case of a family."""
+    [cases] = select([family])
+    setting = Setting(numel=NUMEL, backend=backend, device=torch.device("cuda"), **options)
+    rows = drive(cases, [setting], sweep)
+    assert all(row.time.median > 0 for row in rows), rows
+    return {row.case: row.wrong for row in rows}
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["started", "graph"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_are_right(dtype: torch.dtype, graph: bool) -> None:
+    found = wrong(make_backend("single"), "kernels", Sweep(iterations=2, graph=graph, together=2), dtype=dtype)
+    assert found == dict.fromkeys(["copy-torch", "encode", "reduce_encode", "decode"], 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adam_is_right(dtype: torch.dtype) -> None:
+    found = wrong(make_backend("single"), "adam", Sweep(iterations=2), dtype=dtype)
+    assert set(found.values()) == {0}, found
+
+
+@needs_two
+@pytest.mark.parametrize("graph", [False, True], ids=["started", "graph"])
+@pytest.mark.parametrize("family", ["collectives", "stages"])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_averages_and_their_stages_are_right_over_nccl(world_size: int, family: str, graph: bool) -> None:
+    for found in run_ranks("nccl", world_size, wrong, family, Sweep(iterations=2, graph=graph), timeout=120.0):
+        assert set(found.values()) == {0}, found
+
+
+@needs_two
+def test_steps_are_right_over_nccl() -> None:
+    for found in run_ranks("nccl", 2, wrong, "steps", Sweep(iterations=2), timeout=120.0):
+        assert set(found.values()) == {0}, found
+
+
+@pytest.mark.parametrize("flags", [[], ["--graph=1", "--agg_iters=4"]], ids=["started", "graph"])
+def test_a_result_names_the_gpu(flags: list[str], tmp_path: Path) -> None:
+    assert main(["-b1M", "-n2", "--device=cuda", "--cases=kernels", f"--output={tmp_path}", *flags]) == 0
+    [path] = tmp_path.glob("*.json")
+    result = record.load(path)
+    assert result["machine"]["device"] == torch.cuda.get_device_name()
+    assert result["kind"] in path.name
+    assert result["run"]["kernels"] == "gpu", result["run"]
+
+
+def chosen(backend: Backend) -> tuple[str, list[str], bool]:
+    """What was measured, what is picked for two tensors, and whether a plain average of them is the mean."""
+    tensors = [torch.full((numel,), float(backend.rank), device="cuda") for numel in (1000, 1 << 25)]
+    modes = [CompressedAllreduce(tensor, backend, mode="auto").modes[0] for tensor in tensors]
+    CompressedAllreduce(tensors, backend, mode="plain")(tensors)
+    mean = (backend.size - 1) / 2
+    right = all(bool((tensor == mean).all()) for tensor in tensors)
+    return str(tune(backend, device="cuda", codec=SignCodec())), list(modes), right
+
+
+@needs_two
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_all_ranks_pick_alike_over_nccl(world_size: int) -> None:
+    first, *others = run_ranks("nccl", world_size, chosen, timeout=120.0)
+    assert all(other == first for other in others), [first, *others]
+    measured, modes, right = first
+    assert right, measured
+    assert modes[0] == "plain", measured  # a thousand elements: one collective against two and three kernels
