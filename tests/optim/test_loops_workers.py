@@ -35,6 +35,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
 def train(backend: Backend, kind: str, start: str | None) -> list[bytes]:
     """Train an epoch and a half with new workers for each epoch, or none; returns the parameters."""
+    SignCodec().encode(torch.ones(8))  # kernels and threads are there before the first worker is
     model = network()
     optimizer = make(kind, model.parameters(), backend)
     loader = DataLoader(
