@@ -39,7 +39,8 @@ def attach(model: torch.nn.Module, optimizer: AveragingOptimizer) -> None:
     if not hasattr(type(optimizer), "averages_next_step"):
         raise InputError(
             f"attach takes an optimizer of onebit.optim that compresses, itself and no wrapper around it, got {name}; "
-            "for other optimizers use onebit.comm.ddp.compress_gradients(model)"
+            "inside of Accelerate's wrapper it is optimizer.optimizer; for optimizers of other kinds use "
+            "onebit.comm.ddp.compress_gradients(model)"
         )
     if optimizer.averager is not None:
         raise InputError(f"attach: this {name} is attached to a model already; make one optimizer per model")
@@ -105,7 +106,8 @@ def _without_hook(model: Any, call: str) -> DistributedDataParallel:
     if not isinstance(ddp, DistributedDataParallel):
         raise InputError(
             f"{call} takes a DistributedDataParallel model, got {type(model).__name__}; after "
-            "torch.distributed.init_process_group() wrap it, model = DistributedDataParallel(model), and give that"
+            "torch.distributed.init_process_group() wrap it, model = DistributedDataParallel(model), and give that; "
+            "where Accelerate, the Trainer or Lightning wraps the model, call it once they have"
         )
     if ddp._comm_hooks:
         raise InputError(

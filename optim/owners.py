@@ -40,8 +40,8 @@ def owned_by_another(optimizer: torch.optim.Optimizer, rank: int) -> InputError 
         return None
     kind = type(optimizer).__name__
     return InputError(
-        f"rank {rank}: {kind}.step: a {type(follower).__name__} has begun to update parameters of this {kind}, "
-        "so that two would update them; give every parameter to one optimizer, with groups where "
+        f"rank {rank}: {kind}.step: another optimizer, {type(follower).__name__}, has begun to update parameters "
+        f"of this {kind}, so that two would update them; give every parameter to one optimizer, with groups where "
         "options differ, or delete the one that is not used any more"
     )
 
