@@ -154,7 +154,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         ``step`` is that of the group that has made the most, ``phase/0``, ``phase/1``, ... how each group's next one is
         made. ``wire_bytes``, ``dense_bytes``, ``collectives`` and ``seconds/encode`` and so on are the sums of `stats`
         since this optimizer was made or loaded a state; ``skipped_steps`` outlives that. ``residual_norm`` is the
-        Euclidean norm of all error feedback of this rank.
+        Euclidean norm of all error feedback of this rank. Where exchanges were started during backward,
+        ``overlapped_buckets`` and ``buckets`` are what `overlapped` tells of the last step.
 
         Args:
             compression_error: add, by another pass over error feedback, ``compression_error``: the relative error of

@@ -32,6 +32,9 @@ def metrics(optimizer: CompressedOptimizer, compression_error: bool = False) -> 
     }
     found |= {f"phase/{index}": optimizer.phase(index) for index in range(len(groups))}
     found |= {f"seconds/{stage}": seconds for stage, seconds in stats.seconds.items()}
+    overlapped, buckets = optimizer.overlapped
+    if buckets:
+        found |= {"overlapped_buckets": overlapped, "buckets": buckets}
     if compression_error:
         error = _relative_error([part for reducers in groups for part in reducers.parts], optimizer._codec)
         found |= {} if error is None else {"compression_error": error}

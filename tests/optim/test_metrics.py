@@ -159,6 +159,21 @@ def test_a_skipped_step_is_counted_and_has_no_compression_error_until_the_next(n
     run_threads(2, train)
 
 
+def test_an_overlapped_step_tells_how_much_of_it_was_sent_during_backward() -> None:
+    def train(backend: Backend) -> None:
+        params = [Parameter(torch.ones(3000)) for _ in range(4)]
+        optimizer = OnebitAdam(params, freeze_step=1, backend=backend, overlap=True, bucket_mb=0.01)
+        for number in range(4):
+            sum((p * p).sum() for p in params).backward()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+            found = optimizer.metrics()
+            assert (found.get("overlapped_buckets", 0), found.get("buckets", 0)) == optimizer.overlapped
+            assert ("buckets" in found) == (number > 0)  # the first step finds out in which order gradients come
+
+    run_threads(2, train)
+
+
 def test_each_group_has_its_phase_and_the_step_is_that_of_the_oldest() -> None:
     first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     optimizer = OnebitAdam(first.parameters(), freeze_step=1)
