@@ -35,8 +35,8 @@ class Run:
         lr: the peak learning rate.
         beta2: for Adam such that a variance frozen after warm-up has forgotten the first steps; for LAMB larger, for
             OnebitLamb's factor is a maximum over entries and sees what chance there is in a short mean.
-        clip: bound of the gradients' norm, 0 for none. The ranks agree on one factor, but for those of ZeroOneAdam, which
-            do not meet in every step.
+        clip: bound of the gradients' norm, 0 for none. Ranks agree on one factor, except in ZeroOneAdam, where they do
+            not meet in every step.
         width, layers, heads, context: the transformer's; `width` is that of the hidden layers for "digits".
         held_out_batches: batches of held-out samples, as large as those of training.
         evaluations: how many times in the run the held-out loss is taken.
