@@ -57,7 +57,7 @@ def step_kernels() -> None:
     lamb: Any = importlib.import_module("tests.gpu.test_lamb_step")
     lamb.SIZES = [*lamb.SIZES[:4], 9_000]
     for dtypes in lamb.DTYPES.values():
-        lamb.test_variances_and_factors_are_those_of_float64(dtypes)
+        lamb.test_a_step_and_the_next_factors_are_those_of_float64(dtypes)
 
 
 def adam_kernels() -> None:

@@ -11,7 +11,7 @@ from onebit.benchmarks.gpu_timing import CODEC, against, differing, make_row, ti
 from onebit.benchmarks.row import Row
 from onebit.comm import Part
 from onebit.compress.masks import pack_mask
-from onebit.optim.gpu.lamb import Measures
+from onebit.optim.gpu.lamb import LayerwiseUpdate
 from onebit.optim.gpu.local import LocalStep
 from onebit.optim.kernels import StepKernels
 from onebit.optim.kernels import step_kernels as kernels_for
@@ -221,9 +221,9 @@ def _local_step(numel: int, device: torch.device, rounds: int) -> Row:
 
 
 def _lamb_step(numel: int, device: torch.device, rounds: int) -> list[Row]:
-    """1-bit LAMB's: what is measured before the update, and the whole step. Its tests say that it is right."""
+    """1-bit LAMB's: the update, which measures as well, and the whole step. Its tests say that it is right."""
     step = _step(numel, torch.float32, False, device)
-    measures, fresh = Measures([numel], [0], device), step.variance.clone()
+    layerwise, fresh = LayerwiseUpdate([numel], [0], device), step.variance.clone()
     layers, variance_steps = Layers([{}], device), torch.ones(1, device=device)
     layers.coeff_mean.fill_(1.0)
     layers.coeff_weight.fill_(1.0)
@@ -239,20 +239,21 @@ def _lamb_step(numel: int, device: torch.device, rounds: int) -> list[Row]:
         "factor_threshold": 0.1,
     }
 
-    def measure() -> None:
-        measures.begin(step.steps, variance_steps, group)
-        measures.measure(step.part, 0, step.momentum, [step.variance], [fresh], [step.param], group)
-        measures.finish(layers, step.scalars, group)
+    def update() -> None:
+        layerwise.begin(step.steps, variance_steps, layers, group)
+        layerwise.update(
+            step.part, 0, [step.param], [None], [step.variance], [fresh], step.momentum, step.momentum, group
+        )
+        layerwise.finish(layers, group)
 
     def all_of_them() -> None:
         step.encode()
-        measure()
-        step.update()
+        update()
         step.settle(finite)
 
     dtype, packed = step.param.dtype, step.momentum.numel()
-    moved = 16 * numel + 2 * packed, (12 + 16 + 12) * numel + 6 * packed
+    moved = 20 * numel + 3 * packed, (12 + 20) * numel + 5 * packed
     return [
-        make_row("measures of 1-bit LAMB", dtype, numel, moved[0], timed(measure, rounds), None),
+        make_row("update of 1-bit LAMB", dtype, numel, moved[0], timed(update, rounds), None),
         make_row("all of 1-bit LAMB", dtype, numel, moved[1], timed(all_of_them, rounds), None),
     ]

@@ -1,4 +1,4 @@
-"""1-bit LAMB's compressed step by fused kernels: 1-bit Adam's, at rates that the device finds for every tensor."""
+"""1-bit LAMB's compressed step by fused kernels: 1-bit Adam's, with an update that finds every tensor's next rate."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onebit.comm import CompressedAllreduce
+from onebit.comm import CompressedAllreduce, Part
 from onebit.compress import SignCodec
-from onebit.optim.fused import FusedMomentum, FusedStep, SettlingStep, of_part, row_major
+from onebit.optim.fused import FusedMomentum, FusedStep, SettlingStep, of_part
 from onebit.optim.kernels import StepKernels, step_kernels
 from onebit.optim.known import Known
 from onebit.optim.lamb import Layers
@@ -40,12 +40,12 @@ class FusedLamb(FusedMomentum):
     shaped = (*FusedMomentum.shaped, FRESH_VARIANCE)
 
     def __init__(self, kernels: StepKernels, reduce: CompressedAllreduce, known: Known, layers: Layers) -> None:
-        from onebit.optim.gpu.lamb import Measures
+        from onebit.optim.gpu.lamb import LayerwiseUpdate
 
         super().__init__(kernels, reduce, known.states)
         self.layers = layers
         sizes = [known.params[i].numel() for i in self._filled]
-        self.measures = Measures(sizes, [known.indices[i] for i in self._filled], self.steps.device)
+        self.layerwise = LayerwiseUpdate(sizes, [known.indices[i] for i in self._filled], self.steps.device)
 
     def exchange(self, group: Mapping[str, Any], known: Known, gradients: Sequence[Tensor | None]) -> FusedStep:
         return super().exchange({**group, "adamw_mode": True}, known, gradients)  # no decay in what is encoded
@@ -55,34 +55,38 @@ class FusedLamb(FusedMomentum):
 
 
 class _LambStep(FusedStep):
-    """One step: what `FusedStep` does, with scalars of the update that follow from what the average tells."""
+    """One step: what `FusedStep` does, but for the update, which starts v′ where there is none and measures it."""
 
     _average: FusedLamb
 
-    def _count(self, made: Tensor | None) -> None:
-        average, group, states = self._average, self._group, self._states
-        for state in states:
+    def _move(self, made: Tensor | None) -> None:
+        for state in self._states:
             if FRESH_VARIANCE not in state:
                 state[FRESH_VARIANCE] = state[VARIANCE].clone()
             state[FRESH_VARIANCE] = state[FRESH_VARIANCE].contiguous()
-        variances, fresh = [s[VARIANCE] for s in states], [s[FRESH_VARIANCE] for s in states]
-        values: Sequence[Tensor] = ()
-        if group["weight_decay"]:
-            pairs = zip(self._masters, self._params, strict=True)
-            values = row_major([p if master is None else master for master, p in pairs])
-        average.measures.begin(average.steps, average.variance_steps, group, made)
-        for part in average.reduce.parts:
-            average.measures.measure(
-                part,
-                average.first_row(part),
-                average.source(part, states),
-                of_part(part, variances),
-                of_part(part, fresh),
-                of_part(part, values) if values else (),
-                group,
-                made,
-            )
-        average.measures.finish(average.layers, average.scalars, group, made)
+        super()._move(made)
+        self._average.layerwise.finish(self._average.layers, self._group, made)
+
+    def _count(self, made: Tensor | None) -> None:
+        average = self._average
+        average.layerwise.begin(average.steps, average.variance_steps, average.layers, self._group, made)
+
+    def _move_part(
+        self, part: Part, params: Sequence[Tensor], variances: Sequence[Tensor], made: Tensor | None
+    ) -> None:
+        average, states = self._average, self._states
+        average.layerwise.update(
+            part,
+            average.first_row(part),
+            params,
+            of_part(part, self._masters),
+            variances,
+            of_part(part, [state[FRESH_VARIANCE] for state in states]),
+            average.source(part, states),
+            average.payload(part),
+            self._group,
+            made,
+        )
 
 
 class _SettlingLambStep(_LambStep, SettlingStep):

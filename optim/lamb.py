@@ -20,7 +20,7 @@ class Layers:
     Attributes:
         coeff: what updates were last multiplied by: LAMB's c in warm-up, its mean after it.
         coeff_mean, coeff_weight: the running mean of c that starts at 0, and the same of 1, which corrects it for that.
-        factor: the last r of the compressed phase.
+        factor: r of the next step of the compressed phase.
         dead: bool masks of entries without variance, known once warm-up is over; None: there are none.
     """
 

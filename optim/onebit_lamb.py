@@ -15,7 +15,6 @@ from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, is_frozen, warn_if_too_late
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.fused_lamb import FusedLamb, lamb_kernels
-from onebit.optim.known import known_indices
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step, check_number
@@ -31,12 +30,14 @@ class OnebitLamb(FusedGroups):
     variance is frozen, the momentum is averaged by `CompressedAllreduce`, and  x -= lr·c̄·r·u  with the running mean c̄
     of c and a factor r. It follows the variance v′ that the averaged momentum stands for: r = max((√v̂ + ε)/(√v̂′ + ε))
     over the tensor, damped by the share of weight decay in u, within [factor_min, factor_max], and at most
-    factor_threshold of itself away from its last value.
+    factor_threshold of itself away from its last value. A step multiplies by the r that the step before has left, 1 at
+    first, and finds the next.
     Algorithms: You et al. 2020, arXiv 1904.00962; Li et al. 2021, arXiv 2104.06069. Do not average gradients
     yourself; a model in `DistributedDataParallel` needs `onebit.comm.ddp.attach`.
 
     The published algorithm also brings all tensors' momenta to one size before they are compressed. Here no two tensors
-    share a scale, so that would change nothing and is left out. c̄ is corrected for its start at 0.
+    share a scale, so that would change nothing and is left out. c̄ is corrected for its start at 0. r comes a step
+    later, so that one pass over memory moves the parameters and measures.
 
     An entry whose variance is 0 at the freeze is dead: its momentum and error feedback stay 0, and r does not see it. A
     parameter that had no gradient on any rank during warm-up is left alone for good. After the freeze a gradient that
@@ -147,11 +148,12 @@ class OnebitLamb(FusedGroups):
         warn_if_too_late("OnebitLamb", self.param_groups[-1])
 
     def lamb_coefficients(self, group: int = 0) -> dict[str, Tensor]:
-        """What the last step of a group multiplied each of its k parameter tensors' updates by, beside lr.
+        """What each of the k parameter tensors' updates of a group is multiplied by, beside lr.
 
         Returns:
-            ``"coeff"``: c or, after warm-up, c̄; ``"factor"``: r, which is 1 in warm-up. Both are copies, (k,) fp32 on
-            the parameters' device, in the order of the group, and 1 for a parameter that was not updated yet.
+            ``"coeff"``: c or, after warm-up, c̄ of the last step; ``"factor"``: r of the next step, 1 in warm-up. Both
+            are copies, (k,) fp32 on the parameters' device, in the order of the group, and 1 for a parameter that was
+            not updated yet.
         """
         layers = self._layers_of(self.param_groups[group])
         return {"coeff": layers.coeff.clone(), "factor": layers.factor.clone()}
@@ -264,16 +266,15 @@ class _Compressed:
         self._group = group
         self._layers = optimizer._layers_of(group)
         gradients = optimizer._gradients(group)
-        self._indices = known_indices(group["params"], gradients, optimizer.state, reducers)
-        self._params = [group["params"][i] for i in self._indices]
-        self._states = [optimizer.state[p] for p in self._params]
+        self._known = optimizer._known(group)
+        self._known.warn_of_others(gradients, reducers)
+        self._params, self._states = self._known.params, self._known.states
         _refuse_without_coefficients(self._states, group)
         momenta = [s["exp_avg"] for s in self._states]
         reduce = reducers.compressed(momenta, self._dead)
         decoupled = {**group, "adamw_mode": True}
-        self._work: CompressedWork = reduce.start(
-            local_momenta(momenta, [gradients[i] for i in self._indices], [], decoupled)
-        )
+        local = local_momenta(momenta, self._known.of(gradients), [], decoupled)
+        self._work: CompressedWork = reduce.start(local, overlap=False)
         self._work.finish()
 
     def all_finite(self) -> Tensor:
@@ -293,7 +294,7 @@ class _Compressed:
         updates = [torch.empty_like(m) for m in momenta]
         self._work.decode(updates)
         lamb.reconstruct(momenta, updates, fresh, group)
-        torch._foreach_add_([s["step"] for s in states], 1.0)
+        self._known.count()
 
         values = fp32_values(self._params, states, group)
         rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
@@ -305,10 +306,10 @@ class _Compressed:
             plain = lamb.norms(updates)
             torch._foreach_add_(updates, values, alpha=group["weight_decay"])
             ratio = lamb.damped(ratio, plain, lamb.norms(updates))
-        rows = layers.rows(self._indices)
+        rows = layers.rows(self._known.indices)
         layers.freeze(rows)
-        layers.factor[rows] = lamb.limited(ratio, layers.factor[rows], group)
         lamb.move(values, updates, layers.coeff[rows] * layers.factor[rows] * group["lr"])
+        layers.factor[rows] = lamb.limited(ratio, layers.factor[rows], group)
         write_back(self._params, values)
 
     def _largest_ratio(self, spread: list[Tensor]) -> Tensor:

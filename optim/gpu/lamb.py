@@ -1,4 +1,4 @@
-"""What 1-bit LAMB's compressed step finds out about tensors, on CUDA tensors, and the scalars of the update from it."""
+"""1-bit LAMB's update of CUDA tensors, each at a rate of its own, in the pass that measures what the next rate is."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from onebit.optim.gpu.blocks import numels
 from onebit.optim.gpu.operands import TYPES, bits, operand, sorted_blocks
 from onebit.optim.lamb import Layers
 
-BLOCK = (
-    1024  # elements that are measured together, and that have a scale; the only block size that there are kernels for
-)
+BLOCK = 1024  # elements that are measured together, and that have a scale; there are kernels for no other size
 
 _SOURCE = str(Path(__file__).parent / "lamb.cu")
 _FAN = 256  # measures that one warp puts together
 
 
-class Measures:
-    """The measures of k tensors with elements, in buffers that keep their addresses, and what is made of them.
+class LayerwiseUpdate:
+    """The update of k tensors with elements and the measures that it takes, in buffers that keep their addresses.
 
-    `begin`, `measure` for every part, and `finish` make one step's. Where ``proceed``, 0-dim bool on the device, is
+    `begin`, `update` for every part, and `finish` make one step's. Where ``proceed``, 0-dim bool on the device, is
     false, none of them changes anything that lasts; None: it is true.
 
     Args:
@@ -53,88 +51,91 @@ class Measures:
         self._sums = torch.zeros(self._n_groups, 4, device=device)
 
     def begin(
-        self, steps: Tensor, variance_steps: Tensor, group: Mapping[str, Any], proceed: Tensor | None = None
-    ) -> None:
-        """Count a step of every tensor in `steps`, (k,) fp32; `variance_steps` counts those that v stands for."""
-        factors = (*map(bits, group["betas"]), int(group["bias_correction"]), _address(proceed))
-        counts = (steps.data_ptr(), variance_steps.data_ptr(), self._k, self._rows.data_ptr())
-        launch(_SOURCE, "begin", self._device, self._k, *counts, *factors)
-
-    def measure(
         self,
-        part: Part,
-        first: int,
-        momentum: Sequence[Tensor] | Tensor,
-        variances: Sequence[Tensor],
-        fresh: Sequence[Tensor],
-        values: Sequence[Tensor],
+        steps: Tensor,
+        variance_steps: Tensor,
+        layers: Layers,
         group: Mapping[str, Any],
         proceed: Tensor | None = None,
     ) -> None:
-        """Bring v′ up to date with ``part.gathered`` as m′, and measure the part's blocks.
-
-        Lists have an entry per tensor of ``part.used``, row-major; these are neighbours among the k tensors.
+        """Count a step of every tensor, keep its c̄ in `layers`, and find its rate from that and the r that is there.
 
         Args:
-            first: number of the part's first tensor among the k.
-            momentum: m, as for `onebit.optim.kernels.StepKernels.encode_momentum`.
-            variances: v, fp32.
-            fresh: v′, fp32, updated in place.
-            values: x, fp32, bf16 or fp16, read where there is weight decay.
+            steps: (k,) fp32, incremented.
+            variance_steps: (k,) fp32, the steps that v stands for.
         """
-        layout, device, decay = part.layout, self._device, group["weight_decay"]
-        of_variances = operand("variances", variances, layout, device, fp32=True)
-        of_fresh = operand("fresh variances", fresh, layout, device, fp32=True)
-        operands, value_address, types = [of_variances, of_fresh], 0, np.zeros(len(part.used), np.int64)
-        if decay:
-            operands.append(operand("measured values", values, layout, device))
-            value_address, types = operands[-1].address, operands[-1].types
-        if isinstance(momentum, Tensor):
-            old, packed = (0, momentum.data_ptr()), True
-        else:
-            old, packed = (operand("momenta", momentum, layout, device, fp32=True).address, 0), False
-        beta1, beta2 = group["betas"]
-        factors = (*map(bits, (beta1, beta2, (1 - beta2) / (1 - beta1) ** 2, group["eps"], decay)), _address(proceed))
-        tables = (self._rows[first:].data_ptr(), self._firsts[first:].data_ptr(), self._measures.data_ptr())
-        sizes = (layout.chunk_blocks, layout.bits_bytes, layout.payload_bytes)
-        for one in sorted_blocks("measure", layout, device, operands, packed, lambda: types, part.mask):
-            full = f"measure_full_decay_{TYPES[one.kind]}" if decay else "measure_full"
-            for places, kernel in ((one.full, full), (one.others, "measure_any")):
-                blocks = (places.address, places.n, numels(layout, device).data_ptr(), part.gathered.data_ptr())
-                state = (*old, of_variances.address, of_fresh.address, value_address, one.kind, _address(part.mask))
-                launch(_SOURCE, kernel, device, 32 * places.n, *blocks, *state, *tables, *factors, *sizes)
-
-    def finish(self, layers: Layers, scalars: Tensor, group: Mapping[str, Any], proceed: Tensor | None = None) -> None:
-        """Find each tensor's r and c̄, keep them in `layers`, and write the scalars of its update.
-
-        Args:
-            scalars: (k, 3) fp32, as for `onebit.optim.kernels.StepKernels.decode_update`.
-        """
-        measures, sums, rows = self._measures.data_ptr(), self._sums.data_ptr(), self._rows.data_ptr()
-        launch(
-            _SOURCE,
-            "gather",
-            self._device,
-            32 * self._n_groups,
-            measures,
-            self._groups.data_ptr(),
-            self._n_groups,
-            sums,
-        )
-        vectors = (layers.coeff, layers.coeff_mean, layers.coeff_weight, layers.factor, scalars)
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.is_cuda:
             lr = lr.double()
             rate = (lr.data_ptr(), 0)
         else:
             rate = (0, bits(float(lr)))
-        options = ("weight_decay", "factor_min", "factor_max", "factor_threshold")
-        arguments = (
-            *(sums, self._tensors.data_ptr(), self._k, rows, self._layers.data_ptr()),
-            *(vector.data_ptr() for vector in vectors),
-            *(*rate, *(bits(group[name]) for name in options), _address(proceed)),
+        vectors = (layers.coeff, layers.coeff_mean, layers.coeff_weight, layers.factor)
+        counts = (steps.data_ptr(), variance_steps.data_ptr(), self._k, self._rows.data_ptr(), self._layers.data_ptr())
+        factors = (*rate, *map(bits, group["betas"]), int(group["bias_correction"]), _address(proceed))
+        arguments = (*counts, *(vector.data_ptr() for vector in vectors), *factors)
+        launch(_SOURCE, "begin", self._device, self._k, *arguments)
+
+    def update(
+        self,
+        part: Part,
+        first: int,
+        params: Sequence[Tensor],
+        masters: Sequence[Tensor | None],
+        variances: Sequence[Tensor],
+        fresh: Sequence[Tensor],
+        momentum: Sequence[Tensor] | Tensor,
+        payload: Tensor,
+        group: Mapping[str, Any],
+        proceed: Tensor | None = None,
+    ) -> None:
+        """Update parameters from ``part.gathered`` as m′ and bring v′ up to date; the part's blocks are measured.
+
+        Lists have an entry per tensor of ``part.used``, row-major; these are neighbours among the k tensors.
+
+        Args:
+            first: number of the part's first tensor among the k.
+            params: x, fp32, bf16 or fp16, overwritten.
+            masters: fp32 copies to start from instead and to write to as well; None: there is none.
+            variances: v, fp32.
+            fresh: v′, fp32, updated in place.
+            momentum: m, as for `onebit.optim.kernels.StepKernels.encode_momentum`.
+            payload: uint8, becomes a copy of ``part.gathered``; it may be `momentum`.
+        """
+        layout, device = part.layout, self._device
+        param = operand("params", params, layout, device)
+        master = operand("masters", masters, layout, device, fp32=True)
+        of_variances = operand("variances", variances, layout, device, fp32=True)
+        of_fresh = operand("fresh variances", fresh, layout, device, fp32=True)
+        packed = isinstance(momentum, Tensor)
+        old = 0 if isinstance(momentum, Tensor) else operand("momenta", momentum, layout, device, fp32=True).address
+        beta1, beta2 = group["betas"]
+        numbers = (beta1, beta2, (1 - beta2) / (1 - beta1) ** 2, group["eps"], group["weight_decay"])
+        tables = (self._rows.data_ptr() + 16 * first, self._firsts.data_ptr() + 8 * first, self._measures.data_ptr())
+        sizes = (layout.chunk_blocks, layout.bits_bytes, layout.payload_bytes)
+        operands = (param, master, of_variances, of_fresh)
+        found = sorted_blocks(
+            "layerwise", layout, device, operands, packed, lambda: param.types + 4 * master.present, part.mask
         )
-        launch(_SOURCE, "coefficients", self._device, 32 * self._k, *arguments)
+        for one in found:
+            types = f"{'master_' if one.kind // 4 else ''}{TYPES[one.kind % 4]}"
+            kernels = ((one.full, f"update_full_{types}"), (one.masked, f"update_masked_{types}"))
+            for places, kernel in (*kernels, (one.rest, "update_any")):
+                if places.n:
+                    blocks = (places.address, places.n, numels(layout, device).data_ptr(), part.gathered.data_ptr())
+                    state = (old, payload.data_ptr(), param.address, one.kind % 4, master.address, of_variances.address)
+                    rest = (of_fresh.address, _address(part.mask), *tables, *map(bits, numbers), _address(proceed))
+                    launch(_SOURCE, kernel, device, 32 * places.n, *blocks, *state, *rest, *sizes)
+
+    def finish(self, layers: Layers, group: Mapping[str, Any], proceed: Tensor | None = None) -> None:
+        """Find the r of each tensor's next step, and keep it in `layers`."""
+        sums, k = self._sums.data_ptr(), self._k
+        gathered = (self._measures.data_ptr(), self._groups.data_ptr(), self._n_groups, sums)
+        launch(_SOURCE, "gather", self._device, 32 * self._n_groups, *gathered)
+        options = ("weight_decay", "factor_min", "factor_max", "factor_threshold")
+        tables = (sums, self._tensors.data_ptr(), k, self._layers.data_ptr(), layers.factor.data_ptr())
+        limits = (*(bits(group[name]) for name in options), _address(proceed))
+        launch(_SOURCE, "factors", self._device, 32 * k, *tables, *limits)
 
 
 def _starts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -2,7 +2,7 @@
 //     m' = β₁·m + α·g,   a' = a + share·(m' - a),   x = kept·y - rate·a' / (√v·root + ε)
 // An entry whose variance is 0 has momentum 0. onebit.optim.local_steps says what these numbers are.
 #include "ieee.cuh"
-#include "places.cuh"
+#include "rows.cuh"
 
 struct __align__(16) Row {  // of one tensor
     float share, rate, kept, root;
@@ -26,27 +26,6 @@ __device__ __forceinline__ float moved(float y, float a, float v, Row row, float
 }
 
 // ---- whole blocks of 1024 elements at aligned addresses
-
-constexpr int ROWS_AT_ONCE = 2;  // of 128 elements: more leave registers for fewer warps
-constexpr int N = 4 * ROWS_AT_ONCE;
-
-template <typename T>
-__device__ __forceinline__ void load_rows(const typename T::raw* x, float values[N]) {
-#pragma unroll
-    for (int row = 0; row < ROWS_AT_ONCE; row++) load4(T(), x + 128 * row, values + 4 * row);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_rows(typename T::raw* x, const float v[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4)
-        store4(x + 32 * i, narrow(T(), v[i]), narrow(T(), v[i + 1]), narrow(T(), v[i + 2]), narrow(T(), v[i + 3]));
-}
-
-template <typename T>
-__device__ __forceinline__ typename T::raw* lane_of(const i64* table, Place place, int lane) {
-    return const_cast<typename T::raw*>(elements_of<T>(table, place)) + 4 * lane;
-}
 
 template <typename G>
 __device__ __forceinline__ void step_full(ARGUMENTS) {

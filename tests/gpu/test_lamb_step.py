@@ -19,7 +19,7 @@ from onebit.compress import SignCodec
 from onebit.compress.masks import pack_mask
 from onebit.optim import OnebitLamb, check_replicas
 from onebit.optim.fused import FusedMomentum
-from onebit.optim.gpu.lamb import Measures
+from onebit.optim.gpu.lamb import LayerwiseUpdate
 from onebit.optim.lamb import Layers
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import state_bits
@@ -29,6 +29,7 @@ from tests.optim.samples import contents, parameters, patchy, step, through_a_fi
 DEVICE = "cuda"
 SIZES = [3000, 1, 5 * 1024, 40, 300_000]  # the last has so many blocks that several warps put them together
 UNIT = 2.0**-24  # one rounding to fp32, relative
+LASTS = [1.0, 0.5, 1.0, 1.1, 0.2]  # r before the step
 GROUP = {
     "betas": (0.9, 0.99),
     "eps": 1e-6,
@@ -59,10 +60,11 @@ class Case:
     variances: list[Tensor]
     fresh: list[Tensor]
     values: list[Tensor]
+    masters: list[Tensor | None]
     dead: list[Tensor] | None
 
 
-def case_of(dtypes: Sequence[torch.dtype], masked: bool, bucket: int | None) -> Case:
+def case_of(dtypes: Sequence[torch.dtype], masked: bool, bucket: int | None, mastered: bool = False) -> Case:
     """Buckets that hold pieces of tensors, where `bucket` is a number of elements."""
     codec = SignCodec(kernels="reference")
     variances = [torch.rand(n) * 10.0**-i + 1e-9 for i, n in enumerate(SIZES)]
@@ -98,13 +100,17 @@ def case_of(dtypes: Sequence[torch.dtype], masked: bool, bucket: int | None) -> 
         )
         payloads.append(sent[0].to(DEVICE, copy=True))
     numbers = [torch.randn(n).to(dtypes[i % len(dtypes)]) for i, n in enumerate(SIZES)]
-    return Case(parts, payloads, old, new, variances, fresh, numbers, dead)
+    masters = [torch.randn(x.numel()) if mastered and x.dtype != torch.float32 else None for x in numbers]
+    return Case(parts, payloads, old, new, variances, fresh, numbers, masters, dead)
 
 
-def on_device(tensors: Sequence[Tensor], unaligned: bool) -> list[Tensor]:
+def on_device(tensors: Sequence[Tensor | None], unaligned: bool) -> list[Any]:
     """Copies; unaligned: starting one element after an aligned address."""
-    copies = []
+    copies: list[Any] = []
     for t in tensors:
+        if t is None:
+            copies.append(None)
+            continue
         memory = torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)
         copies.append(memory[unaligned : t.numel() + unaligned].copy_(t))
     return copies
@@ -112,39 +118,45 @@ def on_device(tensors: Sequence[Tensor], unaligned: bool) -> list[Tensor]:
 
 @dataclass
 class Made:
-    """What a step has made of a case."""
+    """What a step has made of a case, on the CPU."""
 
+    values: list[Tensor]
+    masters: list[Tensor | None]
     fresh: list[Tensor]
+    payloads: list[Tensor]
     layers: Layers
     steps: Tensor
-    scalars: Tensor
 
 
 def make(
     case: Case, group: dict[str, Any], packed: bool = True, unaligned: bool = False, proceed: Tensor | None = None
 ) -> Made:
-    measures = Measures(SIZES, list(reversed(range(len(SIZES)))), torch.device(DEVICE))
+    layerwise = LayerwiseUpdate(SIZES, list(reversed(range(len(SIZES)))), torch.device(DEVICE))
     layers = Layers([{} for _ in SIZES], torch.device(DEVICE))
     layers.coeff_mean.copy_(torch.arange(1.0, 6.0) / 7)
     layers.coeff_weight.fill_(0.7)
-    layers.factor.copy_(torch.tensor([1.0, 0.5, 1.0, 1.1, 0.2]))
+    layers.factor.copy_(torch.tensor(LASTS))
     steps, variance_steps = torch.full((5,), 29.0, device=DEVICE), torch.full((5,), 20.0, device=DEVICE)
-    scalars = torch.zeros(5, 3, device=DEVICE)
-    old, v, fresh, x = (on_device(t, unaligned) for t in (case.old, case.variances, case.fresh, case.values))
-    measures.begin(steps, variance_steps, group, proceed)
-    for part, payload in zip(case.parts, case.payloads, strict=True):
+    lists = (case.values, case.masters, case.variances, case.fresh, case.old)
+    x, masters, v, fresh, old = (on_device(t, unaligned) for t in lists)
+    payloads = [payload.clone() if packed else torch.zeros_like(payload) for payload in case.payloads]
+    layerwise.begin(steps, variance_steps, layers, group, proceed)
+    for part, payload in zip(case.parts, payloads, strict=True):
+        mine = [[tensors[i] for i in part.used] for tensors in (x, masters, v, fresh)]
         momentum = payload if packed else [old[i] for i in part.used]
-        mine = [[tensors[i] for i in part.used] for tensors in (v, fresh, x)]
-        measures.measure(part, part.used[0], momentum, mine[0], mine[1], mine[2], group, proceed)
-    measures.finish(layers, scalars, group, proceed)
-    return Made([t.cpu() for t in fresh], layers, steps.cpu(), scalars.cpu())
+        layerwise.update(part, part.used[0], *mine, momentum, payload, group, proceed)  # type: ignore[arg-type]
+    layerwise.finish(layers, group, proceed)
+    on_host = [[None if t is None else t.cpu() for t in tensors] for tensors in (x, masters, fresh, payloads)]
+    return Made(*on_host, layers, steps.cpu())  # type: ignore[arg-type]
 
 
-def by_float64(case: Case, group: dict[str, Any], index: int) -> tuple[Tensor, float, Tensor]:
-    """v′, r and the scalars of one tensor."""
+def by_float64(case: Case, group: dict[str, Any], index: int) -> tuple[Tensor, float, Tensor, Tensor]:
+    """v′, the next r, x and how far rounding may put it off, of one tensor."""
     beta1, beta2 = group["betas"]
-    lasts, means = [0.2, 1.1, 1.0, 0.5, 1.0], [0.1 * (5 - i) / 0.49 for i in range(5)]  # `make` turns the order round
-    m, old, v, fresh, x = (t[index].double() for t in (case.new, case.old, case.variances, case.fresh, case.values))
+    last, mean = LASTS[-1 - index], 0.1 * (5 - index) / 0.49  # `make` turns the order round
+    m, old, v, fresh = (t[index].double() for t in (case.new, case.old, case.variances, case.fresh))
+    master = case.masters[index]
+    x = (case.values[index] if master is None else master).double()
     g = (m - beta1 * old) / (1 - beta1)
     fresh = beta2 * fresh + (1 - beta2) * g * g
     rate, root, now = 1 / (1 - beta1**30), (1 - beta2**20) ** -0.5, (1 - beta2**30) ** -0.5
@@ -158,43 +170,56 @@ def by_float64(case: Case, group: dict[str, Any], index: int) -> tuple[Tensor, f
     if group["weight_decay"]:
         share = min(float(plain.norm() / u.norm()), 1.0) if float(u.norm()) > 0 else 1.0
         ratio = ratio * share + 1 - share
-    low, high = (lasts[index] * (1 + sign * group["factor_threshold"]) for sign in (-1, 1))
+    low, high = (last * (1 + sign * group["factor_threshold"]) for sign in (-1, 1))
     ratio = min(max(min(max(ratio, group["factor_min"]), group["factor_max"]), low), high)
-    move = group["lr"] * means[index] * ratio
-    return fresh, ratio, torch.tensor([move * rate, root, 1 - move * group["weight_decay"]])
+    move = group["lr"] * mean * last
+    # Some ten roundings of u₀ and of what is added to it, and one of x.
+    slack = UNIT * (16 * move * (plain.abs() + group["weight_decay"] * x.abs()) + x.abs())
+    return fresh, ratio, x - move * u, slack
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-def test_variances_and_factors_are_those_of_float64(dtypes: Sequence[torch.dtype]) -> None:
+def test_a_step_and_the_next_factors_are_those_of_float64(dtypes: Sequence[torch.dtype]) -> None:
     torch.manual_seed(0)
     for masked, bucket, packed, unaligned, decay in itertools.product(
         (False, True), (None, sum(SIZES) // 3), (True, False), (False, True), (0.0, 0.3)
     ):
-        case, group = case_of(dtypes, masked, bucket), {**GROUP, "lr": 1e-2, "weight_decay": decay}
+        mastered = decay == 0.0 if bucket else decay > 0
+        case, group = case_of(dtypes, masked, bucket, mastered), {**GROUP, "lr": 1e-2, "weight_decay": decay}
         made = make(case, group, packed, unaligned)
-        told = f"masked {masked}, bucket {bucket}, packed {packed}, unaligned {unaligned}, decay {decay}"
+        told = f"masked {masked}, bucket {bucket}, packed {packed}, unaligned {unaligned}, decay {decay}, {mastered}"
         assert made.steps.tolist() == [30.0] * 5, told
+        for part, payload in zip(case.parts, made.payloads, strict=True):
+            assert torch.equal(payload, part.gathered.cpu()), f"{int((payload != part.gathered.cpu()).sum())} of {told}"
         for i in range(len(SIZES)):
-            fresh, ratio, scalars = by_float64(case, group, i)
+            fresh, ratio, x, slack = by_float64(case, group, i)
             # g is the difference of two momenta, each of which is rounded; its square doubles that.
-            slack = 4 * UNIT * (fresh + 2 * (case.new[i].abs() + case.old[i].abs()).double() ** 2)
-            off = (made.fresh[i].double() - fresh).abs() - slack
+            most = 4 * UNIT * (fresh + 2 * (case.new[i].abs() + case.old[i].abs()).double() ** 2)
+            off = (made.fresh[i].double() - fresh).abs() - most
             assert float(off.max()) <= 0, f"v' {i} is off by {float(off.max())} more than rounding; {told}"
             found = float(made.layers.factor[len(SIZES) - 1 - i])
             # Some ten roundings an element of which the largest counts, and sums over 1024 in fp32.
             assert found == pytest.approx(ratio, rel=1e-5), f"r of {i}; {told}"
-            torch.testing.assert_close(made.scalars[i].double(), scalars.double(), rtol=1e-5, atol=0, msg=f"{i} {told}")
+            master, value = made.masters[i], made.values[i]
+            wide = value.double() if master is None else master.double()
+            if master is None and value.dtype != torch.float32:
+                slack = slack + torch.finfo(value.dtype).eps * x.abs() + torch.finfo(value.dtype).tiny
+            off = (wide - x).abs() - slack
+            assert float(off.max()) <= 0, f"x {i} is off by {float(off.max())} more than rounding; {told}"
+            assert master is None or torch.equal(value, master.to(value.dtype)), f"parameter {i} of its master; {told}"
 
 
 def test_nothing_changes_where_the_step_does_not_proceed() -> None:
-    case, group = case_of([torch.float32], True, None), {**GROUP, "lr": 1e-2, "weight_decay": 0.1}
+    case, group = case_of([torch.bfloat16], True, None, True), {**GROUP, "lr": 1e-2, "weight_decay": 0.1}
     for packed in (False, True):
         made = make(case, group, packed, proceed=torch.zeros((), dtype=torch.bool, device=DEVICE))
         assert made.steps.tolist() == [29.0] * 5
-        assert all(torch.equal(a, b) for a, b in zip(made.fresh, case.fresh, strict=True))
-        assert made.layers.factor.cpu().tolist() == pytest.approx([1.0, 0.5, 1.0, 1.1, 0.2])
+        for now, before in ((made.fresh, case.fresh), (made.values, case.values), (made.masters, case.masters)):
+            assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))  # type: ignore[arg-type]
+        for now, payload in zip(made.payloads, case.payloads, strict=True):
+            assert torch.equal(now, payload.cpu() if packed else torch.zeros_like(now))
+        assert made.layers.factor.cpu().tolist() == pytest.approx(LASTS)
         assert made.layers.coeff.cpu().tolist() == [1.0] * 5
-        assert not made.scalars.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -203,7 +228,9 @@ def test_a_learning_rate_on_the_device_is_read_there(dtype: torch.dtype) -> None
     case = case_of([torch.float32], False, None)
     by_number = make(case, {**GROUP, "lr": 0.25, "weight_decay": 0.1})
     on_there = make(case, {**GROUP, "lr": torch.tensor(0.25, dtype=dtype, device=DEVICE), "weight_decay": 0.1})
-    assert torch.equal(on_there.scalars, by_number.scalars)
+    for x, y, before in zip(on_there.values, by_number.values, case.values, strict=True):
+        assert torch.equal(x, y)
+        assert not torch.equal(x, before)
 
 
 # --- the optimizer

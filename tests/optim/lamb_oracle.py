@@ -8,10 +8,11 @@ After it (Li et al. 2021, arXiv 2104.06069), with T the last step of warm-up, c�
 v′ the variance of gradients that are reconstructed from the averaged momentum, v′ = v_T at the start:
 
     m_i = β₁·m + (1 - β₁)·g_i       m′ = C(mean of m_i)       g′ = (m′ - β₁·m)/(1 - β₁)       m = m′
-    v′ <- β₂·v′ + (1 - β₂)·g′²      u₀ = m̂/(√v̂_T + ε)       u = u₀ + λ·x
-    r = max((√v̂_T + ε)/(√v̂′ + ε));  with λ > 0: a = min(1, ‖u₀‖/‖u‖), r <- r·a + 1 - a
-    r <- clip(r, factor_min, factor_max), then to the last r times 1 ± factor_threshold       x <- x - lr·c̄·r·u
+    u₀ = m̂/(√v̂_T + ε)       u = u₀ + λ·x       x <- x - lr·c̄·r·u  with the r of the step before, 1 at first
+    v′ <- β₂·v′ + (1 - β₂)·g′²      r′ = max((√v̂_T + ε)/(√v̂′ + ε));  with λ > 0: a = min(1, ‖u₀‖/‖u‖),
+    r′ <- r′·a + 1 - a       r <- clip(r′, factor_min, factor_max), then to the last r times 1 ± factor_threshold
 
+The paper uses the r of the step itself; here it is the next step's, which is where onebit departs from it on purpose.
 An entry with v_T = 0 is dead: it takes no part in C nor in the maximum, and is not moved by m.
 """
 
@@ -55,7 +56,7 @@ class OnebitLamb:
         x, m, v: parameters, momentum and variance, the same on every rank.
         fresh: v′, once there is one.
         coefficients: c in warm-up and c̄ after it, by parameter.
-        factors: the last r, by parameter.
+        factors: r of the next step, by parameter.
         steps: how many updates each parameter has had.
         mean: the compressed average with its error feedback, once there is one.
     """
@@ -122,8 +123,8 @@ class OnebitLamb:
             self.steps[i] += 1
             u0 = self._direction(i, self._frozen_at[i])
             u = u0 + o.weight_decay * self.x[i]
-            self.factors[i] = self._factor(i, _norm(u0), _norm(u))
             self.x[i] = self.x[i] - lr * self.coefficients[i] * self.factors[i] * u
+            self.factors[i] = self._factor(i, _norm(u0), _norm(u))
 
     def _freeze(self, used: Sequence[int]) -> None:
         o = self.options

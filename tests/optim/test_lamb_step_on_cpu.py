@@ -39,8 +39,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtypes", on_gpu.DTYPES.values(), ids=on_gpu.DTYPES)
-def test_variances_and_factors_are_those_of_float64(dtypes: Sequence[torch.dtype]) -> None:
-    on_gpu.test_variances_and_factors_are_those_of_float64(dtypes)
+def test_a_step_and_the_next_factors_are_those_of_float64(dtypes: Sequence[torch.dtype]) -> None:
+    on_gpu.test_a_step_and_the_next_factors_are_those_of_float64(dtypes)
 
 
 def test_nothing_changes_where_the_step_does_not_proceed() -> None:
