@@ -34,6 +34,7 @@ class FusedMomentum:
 
     Attributes:
         settles: steps after the first leave it to the device whether they are made.
+        averaged: the momentum is payloads now; else the states hold it.
         steps, variance_steps: (k,) fp32, counts of the k tensors that have elements, on their device.
         scalars: (k, 3) fp32; see `StepKernels.decode_update`.
         shaped: what a state holds that has the shape of its parameter.
@@ -49,21 +50,22 @@ class FusedMomentum:
         # A part uses neighbours, for only tensors without elements are in no part: its rows are a slice.
         self._filled = [i for i, state in enumerate(states) if state["exp_avg_sq"].numel()]
         self._row = {index: row for row, index in enumerate(self._filled)}
-        self.steps, self.variance_steps = torch.zeros(2, len(self._filled), device=device)
+        self._counts = torch.zeros(2, len(self._filled), device=device)
+        self.steps, self.variance_steps = self._counts
         self.scalars = torch.zeros(len(self._filled), 3, device=device)
         self._payloads = {part.sent.data_ptr(): torch.zeros_like(part.sent) for part in reduce.parts}
-        self._averaged = False
+        self.averaged = False
 
     def exchange(self, group: Mapping[str, Any], known: Known, gradients: Sequence[Tensor | None]) -> FusedStep:
         """Send and receive one step; arguments as for `FusedStep`."""
-        if not self._averaged:
-            self._take_over(known.states)
-        settles = self.settles and self._averaged  # else the host must know whether the momentum is still in fp32
+        if not self.averaged:
+            self._take_over(known)
+        settles = self.settles and self.averaged  # else the host must know whether the momentum is still in fp32
         return self._kind_of_step(settles)(self, group, known, gradients)
 
     def source(self, part: Part, states: States) -> Momentum:
         """The momentum that a step starts from."""
-        return self.payload(part) if self._averaged else of_part(part, [state["exp_avg"] for state in states])
+        return self.payload(part) if self.averaged else of_part(part, [state["exp_avg"] for state in states])
 
     def payload(self, part: Part) -> Tensor:
         """Where the averaged momentum of a part is kept, as payloads."""
@@ -79,8 +81,8 @@ class FusedMomentum:
 
     def keep(self, states: States) -> None:
         """From now on the payloads are the momentum."""
-        if not self._averaged:
-            self._averaged = True
+        if not self.averaged:
+            self.averaged = True
             for state in states:
                 del state["exp_avg"]
 
@@ -90,35 +92,37 @@ class FusedMomentum:
         The masks of the average must be those of its last step.
         """
         whole = [dict(state) for state in states]
-        if self._averaged:
-            momenta = [torch.zeros(p.shape, device=p.device) for p in params]
-            for part in self.reduce.parts:
-                used = [momenta[i] for i in part.used]
-                self.reduce.codec.decode(self.payload(part), used, layout=part.layout, mask=part.mask)
-            for state, momentum in zip(whole, momenta, strict=True):
-                state["exp_avg"] = momentum
-        for p, state in zip(params, whole, strict=True):
-            for key in self.shaped:
-                if key in state and state[key].stride() != p.stride():
-                    state[key] = torch.empty_like(p, dtype=state[key].dtype).copy_(state[key])
+        self._write_momenta(params, whole)
         return whole
 
     def release(self, params: Sequence[Tensor], states: States) -> None:
         """Give the momentum back to the states; the next step starts from what they hold then."""
-        for state, whole in zip(states, self.unfused(params, states), strict=True):
-            state.update(whole)
-        self._averaged = False
+        self._write_momenta(params, states)
+        self.averaged = False
+
+    def _write_momenta(self, params: Sequence[Tensor], states: States) -> None:
+        """Make states whole: with ``exp_avg``, and the parameters' strides."""
+        if self.averaged:
+            momenta = [torch.empty(p.shape, device=p.device) for p in params]
+            for part in self.reduce.parts:
+                used = [momenta[i] for i in part.used]
+                self.reduce.codec.decode(self.payload(part), used, layout=part.layout, mask=part.mask)
+            for state, momentum in zip(states, momenta, strict=True):
+                state["exp_avg"] = momentum
+        for p, state in zip(params, states, strict=True):
+            for key in self.shaped:
+                if key in state and state[key].stride() != p.stride():
+                    state[key] = torch.empty_like(p, dtype=state[key].dtype).copy_(state[key])
 
     def _kind_of_step(self, settles: bool) -> type[FusedStep]:
         return SettlingStep if settles else FusedStep
 
-    def _take_over(self, states: States) -> None:
+    def _take_over(self, known: Known) -> None:
         """Start from states that others have written."""
-        for state in states:
+        for state in known.states:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = state[key].contiguous()
-        for counts, key in ((self.steps, "step"), (self.variance_steps, "variance_step")):
-            counts.copy_(torch.tensor([float(states[i][key]) for i in self._filled]))
+        self._counts.copy_(torch.tensor([[count[i] for i in self._filled] for count in known.counts()]))
 
 
 class FusedStep:

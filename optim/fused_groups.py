@@ -103,9 +103,10 @@ class FusedGroups(CompressedOptimizer):
 
     def _unfuse(self, group: Mapping[str, Any], reducers: GroupReducers) -> None:
         """Have the momentum in the states, in fp32; the next fused step starts from there."""
-        if reducers in self._fused:
+        fused = self._fused.get(reducers)
+        if fused is not None and fused.averaged:
             known = self._known(group)
-            self._fused[reducers].release(known.params, known.states)
+            fused.release(known.params, known.states)
 
     def _average_of(self, reducers: GroupReducers, variances: Sequence[Tensor]) -> CompressedAllreduce:
         """The compressed average of tensors like `variances`, without what is dead; it keeps a bit of each entry."""

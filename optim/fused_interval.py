@@ -39,7 +39,7 @@ class FusedInterval(FusedStep):
             for key in (MEAN, START, "master"):
                 if key in state:
                     state[key] = state[key].contiguous()
-        average._take_over(states)
+        average._take_over(known)
         self._reach = reach
         share, beta1 = reach.shares[0], group["betas"][0]
         self._rest = list(torch._foreach_mul([s["exp_avg"] for s in states], share * beta1))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from onebit.compress import SignCodec
-from onebit.compress.kernels import DTYPES
+from onebit.optim.fused import row_major
+from onebit.optim.known import Known
 from onebit.optim.local_steps import KEPT, MEAN, RATE, START, Reach, begin, is_open, starts_of
 
 States = Sequence[MutableMapping[str, Any]]
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 class FusedLocal:
@@ -26,6 +29,10 @@ class FusedLocal:
         device = params[0].device
         (self._layout,) = SignCodec().plan(list(params))
         self._rows = torch.zeros(len(params), 4, device=device)
+        self._lists: Lists = ([], [], [], [])
+        # Kept from interval to interval: to allocate hundreds of small tensors takes longer than a step.
+        self._means = [torch.empty(p.shape, device=device) for p in params]
+        self._starts = [torch.empty(p.shape, device=device) for p in params if p.dtype == torch.float32]
 
     @staticmethod
     def can(params: Sequence[Tensor], states: States, group: Mapping[str, Any], codec: SignCodec) -> bool:
@@ -33,61 +40,73 @@ class FusedLocal:
         coupled = not group["adamw_mode"] and group["weight_decay"]
         return bool(params) and not coupled and codec.kernels_on(params[0].device) == "gpu"
 
-    def step(
-        self, params: Sequence[Tensor], states: States, gradients: Sequence[Tensor | None], group: Mapping[str, Any]
-    ) -> Tensor:
+    def step(self, known: Known, gradients: Sequence[Tensor | None], group: Mapping[str, Any]) -> Tensor:
         """Make a step; the states become row-major, and those of an interval that begins if there is none.
 
         Args:
-            params: of any strides.
-            gradients: this rank's own; None counts as zero.
+            known: what is updated, of any strides.
+            gradients: this rank's own, of the same parameters; None counts as zero.
             group: its options; weight decay is decoupled.
 
         Returns:
             0-dim bool on the device: the gradients were finite, and this rank's contribution was not left out.
         """
-        reach = Reach.of(states, group)
+        params, states = known.params, known.states
+        reach = Reach.of(states, known.counts(), group)
         if not is_open(states):
-            begin(params, states, group)
-            for state in states:
-                state[MEAN] = torch.zeros_like(state["exp_avg_sq"])
-        for state in states:
-            for key in ("exp_avg", "exp_avg_sq", MEAN, START, "master"):
-                if key in state:
-                    state[key] = state[key].contiguous()
-        rows = [_row_major(p.detach()) for p in params]
-        taken = self._launch(rows, states, gradients, group, reach)
-        for p, row in zip(params, rows, strict=True):
-            if row.data_ptr() != p.data_ptr():
-                p.copy_(row)
+            begin(params, states, group, self._starts)
+            torch._foreach_zero_(self._means)
+            for state, mean in zip(states, self._means, strict=True):
+                state[MEAN] = mean
+        rows = row_major(params)
+        taken = self._launch(rows, self._row_major_lists(states), gradients, group, reach)
+        if rows is not params:
+            for p, row in zip(params, rows, strict=True):
+                if p is not row:
+                    p.copy_(row)
         for state, rate, kept in zip(states, reach.rates, reach.kept, strict=True):
             state[RATE], state[KEPT] = rate, kept
-        torch._foreach_add_([s["step"] for s in states], 1.0)
+        known.count()
         return taken
+
+    def _row_major_lists(self, states: States) -> Lists:
+        """Momenta, means, starts and variances; the states' own, which are made row-major where somebody wrote them."""
+        found = _lists_of(states)
+        if any(
+            not all(map(is_, now, then)) or len(now) != len(then) for now, then in zip(found, self._lists, strict=True)
+        ):
+            for state in states:
+                for key in ("exp_avg", MEAN, START, "master", "exp_avg_sq"):
+                    if key in state:
+                        state[key] = state[key].contiguous()
+            self._lists = _lists_of(states)
+        return self._lists
 
     def _launch(
         self,
         rows: Sequence[Tensor],
-        states: States,
+        lists: Lists,
         gradients: Sequence[Tensor | None],
         group: Mapping[str, Any],
         reach: Reach,
     ) -> Tensor:
         from onebit.optim.gpu.local import LocalStep
 
-        numbers = torch.tensor([reach.shares, reach.rates, reach.kept, [1 / root for root in reach.roots]])
-        numbers = numbers.t().contiguous()
-        self._rows.copy_(numbers.pin_memory() if self._rows.is_cuda else numbers, non_blocking=True)
+        columns = (reach.shares, reach.rates, reach.kept, [1 / root for root in reach.roots])
+        numbers = torch.tensor([column[:1] if reach.alike else column for column in columns]).t()
+        device = self._rows.device
+        self._rows.copy_((numbers.pin_memory() if self._rows.is_cuda else numbers).to(device, non_blocking=True))
         beta1 = group["betas"][0]
         taken = torch.empty((), dtype=torch.bool, device=self._rows.device)
+        momenta, means, starts, variances = lists
         LocalStep(
             layout=self._layout,
-            grads=[None if g is None else _row_major(g) for g in gradients],
+            grads=row_major(gradients),
             params=rows,
-            momenta=[s["exp_avg"] for s in states],
-            means=[s[MEAN] for s in states],
-            starts=starts_of(states),
-            variances=[s["exp_avg_sq"] for s in states],
+            momenta=momenta,
+            means=means,
+            starts=starts,
+            variances=variances,
             rows=self._rows,
             finite=taken,
             beta1=beta1,
@@ -97,8 +116,10 @@ class FusedLocal:
         return taken
 
 
-def _row_major(tensor: Tensor) -> Tensor:
-    """The tensor, if its elements lie in order and in a dtype that kernels read; else a copy that is so."""
-    if tensor.dtype not in DTYPES:
-        tensor = tensor.float()
-    return tensor.contiguous()
+def _lists_of(states: States) -> Lists:
+    return (
+        [s["exp_avg"] for s in states],
+        [s[MEAN] for s in states],
+        starts_of(states),
+        [s["exp_avg_sq"] for s in states],
+    )

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from onebit.optim.exchange import GroupReducers
 
+Counts = tuple[list[float], list[float]]
+"""The steps that each parameter has made, and the steps that its variance stands for."""
+
+_COUNTED = ("step", "variance_step")
 _log = logging.getLogger(__name__)
 
 
@@ -19,7 +23,8 @@ class Known:
     """The parameters of a group that warm-up has made a variance for; the others are left alone.
 
     To look up and to count hundreds of small tensors one by one takes longer than to launch a whole step. So this is
-    kept from step to step, `still` tells whether it is right, and ``step`` of the states are made views of one tensor.
+    kept from step to step, `still` tells whether it is right, and the counts in the states are made views of one
+    tensor.
 
     Args:
         params: of the group.
@@ -38,10 +43,11 @@ class Known:
         self._others = [i for i, state in enumerate(self._found) if not _has_variance(state)]
         self.params = [params[i] for i in self.indices]
         self.states = [states[p] for p in self.params]
-        self._counts = torch.tensor([float(state["step"]) for state in self.states])
-        self._views = [self._counts[row] for row in range(len(self.states))]
-        for state, view in zip(self.states, self._views, strict=True):
-            state["step"] = view
+        self._counts = torch.tensor([[float(state[key]) for state in self.states] for key in _COUNTED])
+        self._views = [list(row.unbind()) for row in self._counts]
+        for key, views in zip(_COUNTED, self._views, strict=True):
+            for state, view in zip(self.states, views, strict=True):
+                state[key] = view
 
     def still(self, params: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether it is what would be made of these, with the same objects in the same places."""
@@ -49,13 +55,21 @@ class Known:
             len(params) == len(self._all)
             and all(map(is_, params, self._all))
             and all(map(is_, map(states.get, params), self._found))
-            and all(map(is_, [state.get("step") for state in self.states], self._views))
+            and all(
+                all(map(is_, [state.get(key) for state in self.states], views))
+                for key, views in zip(_COUNTED, self._views, strict=True)
+            )
             and not any(_has_variance(self._found[i]) for i in self._others)
         )
 
     def count(self) -> None:
         """Each of the parameters has made one more step."""
-        self._counts.add_(1.0)
+        self._counts[0].add_(1.0)
+
+    def counts(self) -> Counts:
+        """Return both counts of every parameter."""
+        steps, variance_steps = self._counts.tolist()
+        return steps, variance_steps
 
     def of(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Those of the parameters, of the gradients of the whole group, as they are when they are looked at."""
@@ -64,22 +78,13 @@ class Known:
     def warn_of_others(self, gradients: Sequence[Tensor | None], reducers: GroupReducers) -> None:
         """Say once what to do about a parameter that is left alone, when it first has a gradient on this rank."""
         late = [i for i in self._others if gradients[i] is not None]
-        if late:
-            _warn(late, reducers)
-
-
-def known_indices(
-    params: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    states: Mapping[Tensor, Any],
-    reducers: GroupReducers,
-) -> list[int]:
-    """The indices of parameters that warm-up has made a variance for; it warns of the others as `Known` does."""
-    known = [i for i, p in enumerate(params) if _has_variance(states.get(p))]
-    late = sorted({i for i, g in enumerate(gradients) if g is not None} - set(known))
-    if late:
-        _warn(late, reducers)
-    return known
+        if late and reducers.first_warning():
+            _log.warning(
+                "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them "
+                "and they are not updated; give them to add_param_group, where they make a warm-up of their own",
+                reducers.backend.rank,
+                late,
+            )
 
 
 class _Picked(Sequence[Tensor | None]):
@@ -104,13 +109,3 @@ class _Picked(Sequence[Tensor | None]):
 
 def _has_variance(state: Mapping[str, Any] | None) -> bool:
     return state is not None and "exp_avg_sq" in state
-
-
-def _warn(late: Sequence[int], reducers: GroupReducers) -> None:
-    if reducers.first_warning():
-        _log.warning(
-            "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them and "
-            "they are not updated; give them to add_param_group, where they make a warm-up of their own",
-            reducers.backend.rank,
-            late,
-        )

@@ -11,13 +11,14 @@ leaves error feedback in units of momentum, so what was not said at one learning
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from onebit.optim.known import Counts
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import corrections
 
@@ -33,27 +34,31 @@ class Reach:
         kept: the product of 1 - lr·λ.
         roots: √(1 - β₂ᵏ) of a variance updated k times.
         shares: that of the latest momentum in the mean of all.
+        alike: all parameters have come equally far.
     """
 
     rates: list[float]
     kept: list[float]
     roots: list[float]
     shares: list[float]
+    alike: bool
 
     @staticmethod
-    def of(states: Iterable[Mapping[str, Any]], group: Mapping[str, Any], *, steps: int = 1) -> Reach:
-        """The reach of parameters with these states when `steps`, 0 or 1, more steps have been made."""
+    def of(states: Sequence[Mapping[str, Any]], counts: Counts, group: Mapping[str, Any], *, steps: int = 1) -> Reach:
+        """The reach of parameters with these states and counts when `steps`, 0 or 1, more steps have been made."""
         lr = float(group["lr"]) if steps else 0.0
         keep = 1 - lr * group["weight_decay"] if group["adamw_mode"] else 1.0
-        rates, kept, roots, shares = [], [], [], []
-        for state in states:
-            correction, root = corrections({**state, "step": state["step"] + steps}, group)
-            rate = state.get(RATE, 0.0) + lr * correction
-            rates.append(rate)
-            kept.append(state.get(KEPT, 1.0) * keep)
-            roots.append(root)
-            shares.append(lr * correction / rate if rate else 1.0)
-        return Reach(rates=rates, kept=kept, roots=roots, shares=shares)
+        columns = [*counts, [s.get(RATE, 0.0) for s in states], [s.get(KEPT, 1.0) for s in states]]
+        alike = bool(states) and all(column.count(column[0]) == len(column) for column in columns)
+        reached: list[list[float]] = [[], [], [], []]
+        for step, variance_step, rate, kept in zip(*(c[:1] if alike else c for c in columns), strict=True):
+            correction, root = corrections({"step": step + steps, "variance_step": variance_step}, group)
+            rate += lr * correction
+            share = lr * correction / rate if rate else 1.0
+            for column, number in zip(reached, (rate, kept * keep, root, share), strict=True):
+                column.append(number)
+        rates, kepts, roots, shares = (column * len(states) if alike else column for column in reached)
+        return Reach(rates=rates, kept=kepts, roots=roots, shares=shares, alike=alike)
 
 
 def is_open(states: Sequence[Mapping[str, Any]]) -> bool:
@@ -61,11 +66,26 @@ def is_open(states: Sequence[Mapping[str, Any]]) -> bool:
     return any(RATE in state for state in states)
 
 
-def begin(params: Sequence[Tensor], states: Sequence[MutableMapping[str, Any]], group: Mapping[str, Any]) -> None:
-    """Remember the values of parameters, where the ranks last met; a master is that already and stays as it is."""
-    for p, value, state in zip(params, fp32_values(params, states, group), states, strict=True):
+def begin(
+    params: Sequence[Tensor],
+    states: Sequence[MutableMapping[str, Any]],
+    group: Mapping[str, Any],
+    copies: Sequence[Tensor] = (),
+) -> None:
+    """Remember the values of parameters, where the ranks last met; a master is that already and stays as it is.
+
+    Args:
+        copies: where to remember those of the fp32 parameters; none: in new tensors.
+    """
+    values = fp32_values(params, states, group)
+    own = [value for p, value in zip(params, values, strict=True) if value is p]
+    copies = copies or [torch.empty_like(value) for value in own]
+    if own:
+        torch._foreach_copy_(list(copies), own)
+    left = iter(copies)
+    for p, value, state in zip(params, values, states, strict=True):
         if value is not state.get("master"):
-            state[START] = value.clone() if value is p else value
+            state[START] = next(left) if value is p else value
 
 
 def end(states: Sequence[MutableMapping[str, Any]]) -> None:

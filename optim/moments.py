@@ -24,7 +24,7 @@ def adam_state(states: MutableMapping[Tensor, Any], p: Tensor) -> dict[str, Any]
     return state
 
 
-def corrections(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> tuple[float, float]:
+def corrections(state: Mapping[str, Tensor | float], group: Mapping[str, Any]) -> tuple[float, float]:
     """1/(1-β₁ᵗ) and √(1-β₂ᵀ) of a parameter that has made t steps, with a variance that stands for T; or 1 and 1."""
     if not group["bias_correction"]:
         return 1.0, 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -40,6 +41,7 @@ from onebit.optim.policies import SyncPolicy, VariancePolicy
 from onebit.optim.state_keys import EXTRA, INTERVAL
 from onebit.optim.untraced import untraced
 
+_SCHEDULE = ("compress", "var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper")
 _log = logging.getLogger(__name__)
 
 
@@ -170,8 +172,9 @@ class ZeroOneAdam(FusedGroups):
         exchanges: list[_Sync] = []
         try:
             for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
-                if is_open(self._known(group).states):
-                    exchanges.append(_Sync(self, group, reducers, steps=0))
+                known = self._known(group)
+                if is_open(known.states):
+                    exchanges.append(_Sync(self, group, reducers, known, steps=0))
         except BaseException:
             for exchange in exchanges:
                 exchange.undo()
@@ -209,7 +212,7 @@ class ZeroOneAdam(FusedGroups):
         kind, within = _kind(group, group["step"]), is_open(known.states)
         if kind == "sync" and self.backend.size > 1:
             make = self._fused_interval if within else self._fused_step
-            fused = make(group, reducers, known, self._known_gradients(group, reducers))
+            fused = make(group, reducers, known, self._known_gradients(group, reducers, known))
             if fused is not None:
                 return fused
         self._unfuse(group, reducers)
@@ -217,14 +220,14 @@ class ZeroOneAdam(FusedGroups):
             return _Variance(self, group, reducers)
         if kind == "local" and self.backend.size > 1:
             fits = FusedLocal.can(known.params, known.states, group, self._codec)
-            return (_FusedLocal if fits else _Local)(self, group, reducers)
-        return _Sync(self, group, reducers)
+            return (_FusedLocal if fits else _Local)(self, group, reducers, known)
+        return _Sync(self, group, reducers, known)
 
     def _fused_interval(
         self, group: Mapping[str, Any], reducers: GroupReducers, known: Known, gradients: Sequence[Tensor | None]
     ) -> Exchange | None:
         """The step that ends an interval, by fused kernels; None: there are none, or none for these options."""
-        reach = Reach.of(known.states, group)
+        reach = Reach.of(known.states, known.counts(), group)
         coupled = not group["adamw_mode"] and group["weight_decay"]
         if coupled or len(set(reach.shares)) != 1:
             return None
@@ -235,20 +238,21 @@ class ZeroOneAdam(FusedGroups):
         super()._renew(reducers)
         self._locals.pop(reducers, None)
 
-    def _known_gradients(self, group: Mapping[str, Any], reducers: GroupReducers) -> Sequence[Tensor | None]:
+    def _known_gradients(
+        self, group: Mapping[str, Any], reducers: GroupReducers, known: Known
+    ) -> Sequence[Tensor | None]:
         """This rank's gradients of the parameters that have a variance; until the freeze others may get one."""
-        gradients, known = self._gradients(group), self._known(group)
+        gradients = self._gradients(group)
         if group["step"] >= group["var_freeze_step"]:
             known.warn_of_others(gradients, reducers)
         return known.of(gradients)
 
     def _advance(
-        self, group: Mapping[str, Any], reducers: GroupReducers, reach: Reach
+        self, group: Mapping[str, Any], reducers: GroupReducers, known: Known, reach: Reach
     ) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's next momenta, β₁·m + (1-β₁)·gᵢ, and their mean over the interval, in new tensors; 0 if dead."""
-        known = self._known(group)
         params, states = known.params, known.states
-        gradients = self._known_gradients(group, reducers)
+        gradients = self._known_gradients(group, reducers, known)
         values = [p.float() for p in params] if is_open(states) else fp32_values(params, states, group)
         momenta = local_momenta([s["exp_avg"] for s in states], gradients, values, group)
         dead = self._dead_of(reducers, [s["exp_avg_sq"] for s in states])
@@ -276,8 +280,9 @@ class ZeroOneAdam(FusedGroups):
         )
 
     def _tell_scaler(self, made: Tensor) -> None:
-        for taken in self._taken:
-            made = made.to(taken.device) & taken
+        if getattr(self, "found_inf", None) is not None:
+            for taken in self._taken:
+                made = made.to(taken.device) & taken
         self._taken.clear()
         super()._tell_scaler(made)
 
@@ -321,7 +326,8 @@ class _Variance:
         torch._foreach_mul_(variances, beta2)
         torch._foreach_addcmul_(variances, gradients, gradients, 1 - beta2)
         torch._foreach_add_([s["variance_step"] for s in states], 1.0)
-        move(values, momenta, variances, Reach.of(states, group), group["eps"])
+        counts = [float(s["step"]) for s in states], [float(s["variance_step"]) for s in states]
+        move(values, momenta, variances, Reach.of(states, counts, group), group["eps"])
         torch._foreach_add_([s["step"] for s in states], 1.0)
         write_back(params, values)
         if _kind(group, group["step"]) != "variance":
@@ -331,13 +337,13 @@ class _Variance:
 class _Local:
     """A step that a rank makes by itself, by torch's operations."""
 
-    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers, known: Known) -> None:
         self._optimizer = optimizer
         self._group = group
-        known = optimizer._known(group)
+        self._known = known
         self._params, self._states = known.params, known.states
-        self._reach = Reach.of(self._states, group)
-        self._momenta, self._means = optimizer._advance(group, reducers, self._reach)
+        self._reach = Reach.of(self._states, known.counts(), group)
+        self._momenta, self._means = optimizer._advance(group, reducers, known, self._reach)
         self._taken = bool(all_finite(self._means))
 
     def all_finite(self) -> Tensor:
@@ -364,7 +370,7 @@ class _Local:
             state[RATE], state[KEPT] = rate, kept
         variances = [s["exp_avg_sq"] for s in states]
         local_step(self._params, starts_of(states), [s[MEAN] for s in states], variances, reach, group["eps"])
-        torch._foreach_add_([s["step"] for s in states], 1.0)
+        self._known.count()
 
     def _leave_out(self) -> None:
         """Add nothing to Σγ·m: its mean a gets smaller as Σγ grows."""
@@ -375,13 +381,12 @@ class _Local:
 class _FusedLocal:
     """A step that a rank makes by itself, in one pass over memory."""
 
-    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
+    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers, known: Known) -> None:
         self._optimizer = optimizer
         self._group = group
         self._reducers = reducers
-        known = optimizer._known(group)
-        self._params, self._states = known.params, known.states
-        self._gradients = optimizer._known_gradients(group, reducers)
+        self._known = known
+        self._gradients = optimizer._known_gradients(group, reducers, known)
 
     def all_finite(self) -> Tensor:
         """True, as of `_Local`."""
@@ -393,8 +398,8 @@ class _FusedLocal:
     def commit(self) -> None:
         kept = self._optimizer._locals
         if self._reducers not in kept:
-            kept[self._reducers] = FusedLocal(self._params)
-        taken = kept[self._reducers].step(self._params, self._states, self._gradients, self._group)
+            kept[self._reducers] = FusedLocal(self._known.params)
+        taken = kept[self._reducers].step(self._known, self._gradients, self._group)
         self._optimizer._note(taken)
 
 
@@ -402,15 +407,14 @@ class _Sync:
     """A local step, unless `steps` is 0, at whose end all ranks agree on the mean momentum of the interval."""
 
     def __init__(
-        self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers, *, steps: int = 1
+        self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers, known: Known, *, steps: int = 1
     ) -> None:
         self._group = group
         self._steps = steps
-        known = optimizer._known(group)
         self._params, self._states = known.params, known.states
         states = self._states
-        self._reach = Reach.of(states, group, steps=steps)
-        means = optimizer._advance(group, reducers, self._reach)[1] if steps else [s[MEAN] for s in states]
+        self._reach = Reach.of(states, known.counts(), group, steps=steps)
+        means = optimizer._advance(group, reducers, known, self._reach)[1] if steps else [s[MEAN] for s in states]
         masks = optimizer._dead_of(reducers, [s["exp_avg_sq"] for s in states])
         self._work: CompressedWork = reducers.compressed(means, lambda: masks).start(means)
         self._work.finish()
@@ -447,6 +451,13 @@ def _policies(group: Mapping[str, Any]) -> tuple[VariancePolicy, SyncPolicy]:
 
 def _kind(group: Mapping[str, Any], step: int) -> str:
     """How a group makes the step that follows its first `step` ones: a function of its options and progress alone."""
+    return _planned(tuple(group[name] for name in _SCHEDULE), step)
+
+
+@functools.lru_cache(maxsize=1024)  # a step asks several times
+def _planned(schedule: tuple[int, ...], step: int) -> str:
+    """As `_kind`, from the options that _SCHEDULE names."""
+    group = dict(zip(_SCHEDULE, schedule, strict=True))
     variance, sync = _policies(group)
     if not group["compress"] or variance.updates(step + 1):
         return "variance"

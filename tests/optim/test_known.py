@@ -31,7 +31,7 @@ def some(n: int = 4) -> tuple[list[Parameter], States]:
     states: States = defaultdict(dict)
     for i, p in enumerate(params):
         if i != 2:
-            states[p] = {"step": torch.tensor(float(i)), "exp_avg_sq": torch.ones(3)}
+            states[p] = {"step": torch.tensor(float(i)), "variance_step": torch.ones(()), "exp_avg_sq": torch.ones(3)}
     return params, states
 
 
@@ -56,6 +56,9 @@ CHANGES: dict[str, Callable[[list[Parameter], States], object]] = {
     "another order": lambda params, states: params.reverse(),
     "another state": lambda params, states: states.__setitem__(params[0], dict(states[params[0]])),
     "another count": lambda params, states: states[params[3]].__setitem__("step", torch.zeros(())),
+    "another count of the variance's": lambda params, states: states[params[3]].__setitem__(
+        "variance_step", torch.ones(())
+    ),
     "no count": lambda params, states: states[params[3]].pop("step"),
     "no state": lambda params, states: states.pop(params[1]),
     "a first variance": lambda params, states: states[params[2]].update(
