@@ -402,7 +402,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             "backend": self._spec,
             "codec": self._codec,
             "check_every": self._check_every,
-            "overlap": self._overlap is not None,
+            **({} if self._overlap is None else {"overlap": True}),
         }
 
     def _refuse_capture(self) -> None:

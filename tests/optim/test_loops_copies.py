@@ -64,13 +64,14 @@ def test_a_copy_of_model_and_optimizer_goes_on_as_the_original_does_and_touches_
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_has_every_option_that_the_constructor_takes(kind: str) -> None:
     cls, _ = KINDS[kind]
-    optimizer = make(kind, network().parameters(), "single")
-    known = {"self", "params", "unsupported", *optimizer.defaults, *optimizer._settings()}
-    assert set(inspect.signature(cls.__init__).parameters) <= known
-    made = make(kind, network().parameters(), "single", check_every=3, bucket_mb=2, lr=0.5)
+    taken = set(inspect.signature(cls.__init__).parameters) - {"self", "params", "unsupported"}
+    options = {"check_every": 3, "bucket_mb": 2, "lr": 0.5, **({"overlap": True} if "overlap" in taken else {})}
+    made = make(kind, network().parameters(), "single", **options)
+    assert taken <= {*made.defaults, *made._settings()}
     for _ in range(2):  # the second is a copy of a copy
-        made = copy.deepcopy(made)
+        before, made = made, copy.deepcopy(made)
         assert type(made) is cls
+        assert made._settings() == before._settings()
         assert (made._check_every, made._bucket_mb, made.defaults["lr"]) == (3, 2.0, 0.5)
 
 
