@@ -175,7 +175,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """
         self._refuse_under_way("add_param_group()")
         before = len(self.param_groups)
-        if before and not isinstance(param_group["params"], (Tensor, set)):
+        if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])  # it may be an iterator, and torch reads it too
         params = param_group["params"]
         self._pending.wait()

@@ -263,3 +263,11 @@ def test_a_state_of_amsgrad_is_refused_and_nothing_changes() -> None:
     with pytest.raises(InputError, match="amsgrad=True is not supported"):
         optimizer.load_state_dict(amsgrad.state_dict())
     assert contents(optimizer) == before
+
+
+def test_parameters_of_every_group_may_come_from_an_iterator() -> None:
+    layers = [torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)]
+    optimizer = OnebitAdam([{"params": layer.parameters()} for layer in layers], freeze_step=2)
+    assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [
+        [id(p) for p in layer.parameters()] for layer in layers
+    ]
