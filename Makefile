@@ -147,7 +147,7 @@ $(REQUIREMENTS): pyproject.toml constraints.txt
 	@echo 'setting up $(VENV), about a minute:'
 	@{ $(PIP_INSTALL) -c constraints.txt setuptools && \
 	   $(PIP_INSTALL) -c constraints.txt --no-build-isolation --config-settings editable_mode=strict \
-		-e '.[mpi,bench,docs,dev]'; \
+		-e '.[mpi,bench,docs,clients,dev]'; \
 	} 2>&1 | tee $(VENV)/setup.log | while read -r verb name _; do case $$verb in \
 		Collecting|Processing) name=$${name##*/}; name=$${name%%-[0-9]*}; printf ' %s' "$${name%%[=<>~;]*}" ;; \
 		Installing) printf '\n unpacking\n' ;; esac; done \
