@@ -23,7 +23,7 @@ from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers, Stage
 from onebit.optim.loading import check_state
 from onebit.optim.metrics import Metrics, metrics
 from onebit.optim.options import RightOptions, check_count, check_flags, check_supported
-from onebit.optim.overlap import Overlap, overlapped_bucket_mb
+from onebit.optim.overlap import Overlap, claim, overlapped_bucket_mb
 from onebit.optim.owners import owned_by_another, take_over
 from onebit.optim.pending import PendingSteps
 from onebit.optim.regroup import put_back, take_out
@@ -330,6 +330,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _start_over(self) -> None:
         """The next step is made as the first: ranks agree anew."""
         self._agreed = False
+        claim((p for group in self.param_groups for p in group["params"]), self._overlap)
         if self._overlap is not None:
             self._overlap.start_over()
 

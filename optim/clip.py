@@ -47,7 +47,8 @@ def clip_grad_norm_(
         The total norm before clipping, a 0-dim tensor, the same bits on every rank.
 
     Raises:
-        InputError: an option is out of range, or the norm is not finite and that was asked for; on every rank alike.
+        InputError: an option is out of range, the norm is not finite and that was asked for, or the optimizer was made
+            with ``overlap=True``; on every rank alike.
         TransportError: a rank did not take part within the timeout; nothing was changed.
     """
     p = _checked(max_norm, norm_type)
@@ -92,6 +93,11 @@ def _parameters(
 ) -> tuple[list[Tensor], Backend]:
     """The parameters, and what the ranks agree through."""
     if isinstance(source, torch.optim.Optimizer):
+        if getattr(source, "_overlap", None) is not None:
+            raise InputError(
+                f"clip_grad_norm_: {type(source).__name__}(overlap=True) sends gradients during backward, before their "
+                "norm is known; make it with overlap=False to clip"
+            )
         params = [param for group in source.param_groups for param in group["params"]]
         own = getattr(source, "backend", None)
         backend = own if backend is None and isinstance(own, Backend) else backend

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from onebit.comm.allreduce import bucket_mb_for
 from onebit.compress import InputError
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 
 # MiB of fp32 per bucket. What is sent last is not hidden, so buckets are small; but each costs two collectives.
 BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
+
+
+# Whose hook on a parameter acts: that of the latest optimizer, for one before it may still be alive.
+_latest = WeakTensorKeyDictionary()  # parameter -> weak reference to its Overlap, or None
+
+
+def claim(params: Iterable[Tensor], overlap: Overlap | None) -> None:
+    """From now on the hooks of no other optimizer act for these parameters."""
+    for p in params:
+        _latest[p] = None if overlap is None else weakref.ref(overlap)
 
 
 class Overlap:
@@ -120,7 +131,8 @@ class Overlap:
     def _ready(self, p: Tensor) -> None:
         """A gradient is complete in this backward."""
         optimizer = self._optimizer()
-        if optimizer is None or self._accumulating:
+        latest = _latest[p]
+        if optimizer is None or self._accumulating or latest is None or latest() is not self:
             return
         place = self._places[p]
         if not optimizer._agreed or self._order is None:

@@ -116,10 +116,10 @@ class Round:
         exchanges.extend(exchange for exchange in self._exchanges if exchange is not None)
         if spoil:
             self._forget_overwritten()
+        for group, params in enumerate(self._gradients):  # also those without elements, which are in no bucket
+            self._read([(group, index) for index in range(len(params))])
         while self._sent < len(self.buckets):
             self._send_next(spoil)
-        for group, params in enumerate(self._gradients):  # those in no bucket, as they have no elements
-            self._read([(group, index) for index in range(len(params))])
         with self._beside():
             if self.buckets:
                 self._pass_on(len(self.buckets) - 1)
