@@ -31,8 +31,9 @@ class CompressedHook:
 
     A gradient that is not finite makes the mean of its block NaN on every rank, and the error feedback of that block
     stays as it was on the server and on the rank that has it. If an optimizer then skips its step, as with
-    `torch.amp.GradScaler`, what the other blocks have said is lost with the step. When the scaler's scale has changed,
-    call `rescale`.
+    `torch.amp.GradScaler`, what the other blocks have said is lost with the step; so is what is said of a parameter
+    that no rank has used (``find_unused_parameters``), for which DDP drops the mean. When the scaler's scale has
+    changed, call `rescale`.
 
     Args:
         model: whose gradients; it sets the process group.

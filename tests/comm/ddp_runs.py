@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from onebit.comm import Backend
@@ -26,6 +29,13 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"var_freeze_step": 7, "var_update_scaler": 2, "local_step_scaler": 2, "local_step_clipper": 4},
     ),
     "OnebitLamb": (OnebitLamb, {"freeze_step": 4}),
+}
+
+WRAPS: dict[str, dict[str, Any]] = {
+    "one bucket": {},
+    "many buckets": {"bucket_cap_mb": 0.01},
+    "views": {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.01},
+    "static graph": {"static_graph": True, "bucket_cap_mb": 0.01},
 }
 
 
@@ -140,3 +150,48 @@ def noting(optimizer: Any, averaged: list[bool]) -> Iterator[None]:
     yield
     handle.remove()
     averaged.append(found[-1])
+
+
+def accumulated(called: nn.Module, optimizer: Any, x: Tensor, number: int) -> None:
+    """A step of four micro-batches, of which DDP is told; the first is whole, as a static graph asks for."""
+    optimizer.zero_grad()
+    *first, last = x.split(1) if number else [x]
+    with called.no_sync() if isinstance(called, DistributedDataParallel) else contextlib.nullcontext():
+        for part in first:
+            backward(called, part)
+    backward(called, last)
+    optimizer.step()
+
+
+def scaled(device: str) -> Callable[[nn.Module, Any, Tensor, int], None]:
+    """Steps by a GradScaler of which some overflow on one rank, so that ranks come to have different scales."""
+    scaler = GradScaler(device, init_scale=2.0**8, growth_interval=3)
+
+    def step_of(called: nn.Module, optimizer: Any, x: Tensor, number: int) -> None:
+        optimizer.zero_grad()
+        loss = called(x).mean()
+        if number in (1, 6, 7) and dist.get_rank() == 1:
+            loss = loss * torch.inf
+        scaler.scale(loss).backward()
+        if number % 2:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step_of
+
+
+def all_runs(backend: Backend, optimizer: str, device: str = "cpu") -> dict[str, tuple[Seen, Seen]]:
+    """Runs of the wrapped model and of the unwrapped one; in one launch, as starting processes takes longer."""
+    made = functools.partial(run, backend, optimizer, device=device)
+    alone = made(None)
+    runs = {name: (made(wrap), alone) for name, wrap in WRAPS.items()}
+    collected = made(None, each=accumulated)
+    for name, wrap in WRAPS.items():
+        runs[f"accumulated, {name}"] = (made(wrap, each=accumulated), collected)
+    branching = made(None, kind=Branching)
+    for name in ("one bucket", "views"):
+        wrap = {**WRAPS[name], "find_unused_parameters": True}
+        runs[f"unused parameters, {name}"] = (made(wrap, kind=Branching), branching)
+    runs["GradScaler"] = (made({}, each=scaled(device)), made(None, each=scaled(device)))
+    return runs
