@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,9 +118,11 @@ class Order:
 
     Attributes:
         broken_by: the collective that failed on this rank; None: all have completed.
+        given_up: what was aborted, if it was none that the host waited for, and the seconds until then.
     """
 
     broken_by: str | None = None
+    given_up: tuple[str, float] | None = None
 
 
 class Guard:
@@ -257,6 +260,25 @@ class Backend(ABC):
         """Return when every rank has called it; TransportError after the timeout."""
         with self.guard("barrier"):
             self._barrier()
+
+    @property
+    def sound(self) -> bool:
+        """Whether every collective of this rank has completed so far."""
+        return self._order.broken_by is None
+
+    def check(self) -> None:
+        """Raise the TransportError of collectives that were given up behind the host's back, as NCCL's can be."""
+        if self._order.given_up is not None:
+            detail = "a peer did not take part, and what was on its way was aborted; "
+            raise TransportError(self.rank, *self._order.given_up, detail + "start again with a new group of ranks")
+
+    def trusted(self, made: Tensor) -> Tensor:
+        """Return `made`, 0-dim bool, but false where collectives queued before it turn out to have been given up."""
+        return made
+
+    def limited(self, operation: str) -> AbstractContextManager[None]:
+        """A `with` block in which the host may wait for the device, which the timeout limits if nothing else does."""
+        return nullcontext()
 
     def guard(self, operation: str) -> Guard:
         """A context that turns any failure inside it into a `TransportError` about `operation`; see `Guard`."""

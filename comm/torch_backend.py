@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+import weakref
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,7 +17,9 @@ from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllTo
 
 from onebit.comm.backend import DEFAULT_TIMEOUT, Backend, Handle
 from onebit.comm.errors import BackendError
+from onebit.comm.watch import Watch
 
+HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # what PyTorch does about NCCL's errors; 0: nothing
 NAMES = {"cpu": "gloo", "cuda": "nccl"}
 
 # Up to this many gathered bytes Gloo does better with one exchange than with its ring of n - 1 steps. Pairs of isend
@@ -34,7 +40,9 @@ class TorchBackend(Backend):
 
     NCCL: `wait` makes the current stream wait and never the host, so a step can be captured in a CUDA graph. The time
     limit is therefore the process group's own, for everything that uses the group: PyTorch's watchdog thread watches
-    over it, logs the collective and ends the process.
+    over it, logs the collective and ends the process. With ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0`` in the environment
+    when the group is made, that is left to `Watch`: steps that the device has been told to make, and hosts that wait in
+    one, then end at the time limit, and the next use of the backend raises TransportError.
 
     Args:
         group: the process group; None: the default group.
@@ -55,11 +63,27 @@ class TorchBackend(Backend):
         self.device_type = device_type
         self.group = group
         self._made: dict[tuple[type, bool], Any] = {}
+        self._watch: Watch | None = None
         if device_type == "cuda":
             if timeout is None:
                 self.timeout = self._group_limit()
             else:
                 self._transport._set_default_timeout(self._limit)
+            if os.environ.get(HANDLING) == "0":
+                watched = weakref.ref(self)  # else this backend and its watch would keep each other
+                self._watch = Watch(lambda: _timeout_of(watched), lambda *what: _give_up(watched, *what))
+
+    def trusted(self, made: Tensor) -> Tensor:
+        return made if self._watch is None else self._watch.trusted(made)
+
+    def limited(self, operation: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._watch is None else self._watch.limited(operation)
+
+    def give_up(self, operation: str, waited: float) -> None:
+        """End all collectives of the group; the next use raises TransportError."""
+        self._order.given_up = (operation, waited)
+        self._order.broken_by = operation
+        self._transport.abort()
 
     def _all_to_all(self, output: Tensor, input: Tensor) -> Handle | None:
         return self._exchange(_as_bytes(output), _as_bytes(input))
@@ -125,6 +149,17 @@ class TorchBackend(Backend):
         except (AttributeError, RuntimeError):  # with TORCH_DISTRIBUTED_DEBUG=DETAIL, for one, it does not tell
             return DEFAULT_TIMEOUT
         return limit.total_seconds()
+
+
+def _timeout_of(reference: weakref.ref[TorchBackend]) -> float:
+    backend = reference()
+    return math.inf if backend is None else backend.timeout
+
+
+def _give_up(reference: weakref.ref[TorchBackend], operation: str, waited: float) -> None:
+    backend = reference()
+    if backend is not None:
+        backend.give_up(operation, waited)
 
 
 def as_member(group: object) -> dist.ProcessGroup:

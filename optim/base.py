@@ -254,10 +254,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """
         exchanges: list[Exchange] = []
         try:
-            exchange_all(exchanges)
-            flags = [exchange.all_finite() for exchange in exchanges]
-            settling = _settling(exchanges, flags) if on_device else []
-            made = not settling and all(bool(flag) for flag in flags)
+            with self.backend.limited("step"):
+                exchange_all(exchanges)
+                flags = [exchange.all_finite() for exchange in exchanges]
+                settling = _settling(exchanges, flags) if on_device else []
+                made = not settling and all(bool(flag) for flag in flags)
+            self.backend.check()
         except BaseException:  # an interrupt too, so that whoever handles it can save a whole state
             for exchange in exchanges:
                 exchange.undo()
@@ -417,6 +419,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _settle(self, exchanges: list[DeviceExchange], made: Tensor) -> None:
         """Leave it to the device whether the step is made."""
+        made = self.backend.trusted(made)
         for exchange in exchanges:
             exchange.settle(made)
         self._tell_scaler(made)
@@ -425,7 +428,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _learn(self, groups: list[dict[str, Any]], made: bool) -> None:
         if not made:
-            self._skip()
+            if self.backend.sound:  # else the step was given up, which is told by an error
+                self._skip()
             return
         for group in groups:
             group["step"] += 1
