@@ -12,6 +12,7 @@ import torch
 from onebit.benchmarks.driver import Sweep
 from onebit.benchmarks.sizes import parse_size, sweep_sizes
 from onebit.benchmarks.tables import CASES, select
+from onebit.comm.allreduce import BUCKET_MB
 from onebit.compress import OnebitError, SignCodec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--init_method", help="where the ranks of torch.distributed meet, such as file:///shared/file")
     flags.add_argument("--interface", help="network interface whose sent bytes are read around each run")
     flags.add_argument("--payloads", type=int, default=2, help="payloads that reduce_encode averages")
-    flags.add_argument("--bucket_mb", type=float, default=16.0, help="bucket size of the compressed average")
+    flags.add_argument("--bucket_mb", type=float, help="bucket size of averages (cpu: 16, cuda: 512)")
     flags.add_argument("--seed", type=int, default=1, help="rank r draws its inputs from seed + r")
     flags.add_argument("--name", help="name of the result")
     flags.add_argument("--link", default="this machine", help="how the result names what is between the ranks")
@@ -83,9 +84,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     given = flags.parse_args(arguments)
     try:
         cases = tuple(given.cases.split(",")) if given.cases else None
-        select(cases or ())
         device = given.device or ("cuda" if given.backend == "nccl" else "cpu")
         _check_together(given, device)
+        _check_cases(cases, device)
         sizes = sweep_sizes(given.minbytes, given.maxbytes or given.minbytes, given.stepfactor)
         sweep = Sweep(
             iterations=given.iters,
@@ -109,7 +110,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         init_method=given.init_method,
         interface=given.interface,
         payloads=given.payloads,
-        bucket_mb=given.bucket_mb,
+        bucket_mb=given.bucket_mb or BUCKET_MB[device],
         seed=given.seed,
         name=given.name,
         link=given.link,
@@ -138,6 +139,19 @@ def parse_codec(text: str) -> SignCodec:
         return SignCodec(**options)  # type: ignore[arg-type]
     except OnebitError as error:
         raise ValueError(f"--codec {text}: {error}") from error
+
+
+def _check_cases(names: Sequence[str] | None, device: str) -> None:
+    """Whether there are such cases, and they run on such a device.
+
+    Raises:
+        ValueError: not so.
+    """
+    for group in select(names or ()):
+        if not any(device in case.devices for case in group):
+            raise ValueError(
+                f"the {group[0].family} asked for do not run on {device}; add --device {group[0].devices[0]}"
+            )
 
 
 def _check_together(given: argparse.Namespace, device: str) -> None:

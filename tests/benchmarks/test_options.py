@@ -59,6 +59,11 @@ def test_a_codec_is_read_from_its_options(text: str, codec: SignCodec) -> None:
     assert parse([f"--codec={text}"]).codec == codec
 
 
+def test_buckets_have_the_size_that_suits_the_device() -> None:
+    sizes = [parse(flags).bucket_mb for flags in ([], ["--device=cuda"], ["--device=cuda", "--bucket_mb=4"])]
+    assert sizes == [16.0, 512.0, 4.0]
+
+
 def test_tensors_are_where_the_backend_carries_them() -> None:
     assert [parse(flags).device for flags in ([], ["--backend=nccl"], ["--backend=mpi", "--device=cuda"])] == [
         "cpu",
@@ -83,6 +88,7 @@ def test_tensors_are_where_the_backend_carries_them() -> None:
         (["--codec=bits=2"], "knows block_size, scale, kernels; got bits"),
         (["--codec=block_size=7"], "--codec block_size=7: "),
         (["--codec=block_size=much"], "invalid literal"),
+        (["--cases=peers"], "the peers asked for do not run on cpu; add --device cuda"),
         (["--backend=tcp"], "invalid choice: 'tcp'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,10 @@ def test_all_ranks_pick_alike_over_nccl(world_size: int) -> None:
     measured, modes, right = first
     assert right, measured
     assert modes[0] == "plain", measured  # a thousand elements: one collective against two and three kernels
+
+
+@needs_two
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed==0.19.6")
+def test_the_peers_are_right_over_nccl() -> None:
+    for found in run_ranks("nccl", 2, wrong, "peers", Sweep(iterations=2), timeout=240.0):
+        assert set(found.values()) == {0}, found
