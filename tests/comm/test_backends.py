@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +23,7 @@ from onebit.comm.errors import BackendError
 from onebit.comm.registry import make_backend
 from onebit.comm.staging import Staging
 from onebit.comm.torch_backend import SMALL_GATHER
+from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import GLOO, MPI, RANKS, run_ranks
 
 DTYPES = (
@@ -406,40 +406,20 @@ CHECKS = {
 }
 
 
-def run_checks(backend: Backend) -> dict[str, str]:
-    """The traceback of each check that failed on this rank."""
-    failures = {}
-    for check in CHECKS[backend.name]:
-        try:
-            check(backend)
-        except Exception:
-            failures[check.__name__] = traceback.format_exc()
-    return failures
-
-
 @functools.cache
-def failures_on(kind: str, world_size: int) -> list[dict[str, str]]:
+def failures_on(kind: str, world_size: int) -> list[Failures]:
     """All checks in one launch, for starting processes costs more than what they do."""
-    results: list[dict[str, str]] = run_ranks(kind, world_size, run_checks, timeout=90.0)
+    results: list[Failures] = run_ranks(kind, world_size, failures_of, CHECKS[kind], timeout=90.0)
     return results
 
 
-def report(kind: str, world_size: int, check: Callable[[Backend], None]) -> None:
-    failed = {
-        rank: failures[check.__name__]
-        for rank, failures in enumerate(failures_on(kind, world_size))
-        if check.__name__ in failures
-    }
-    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+def report(kind: str, world_size: int, check: Check) -> None:
+    assert_passed(failures_on(kind, world_size), check.__name__)
 
 
-def name_of(value: Any) -> str:
-    return getattr(value, "__name__", str(value)).removeprefix("check_")
-
-
-@pytest.mark.parametrize("check", EVERYWHERE, ids=name_of)
+@pytest.mark.parametrize("check", EVERYWHERE, ids=short)
 @pytest.mark.parametrize(("kind", "world_size"), RANKS)
-def test_transport(kind: str, world_size: int, check: Callable[[Backend], None]) -> None:
+def test_transport(kind: str, world_size: int, check: Check) -> None:
     report(kind, world_size, check)
 
 
@@ -448,9 +428,9 @@ def test_gloo_sub_groups(kind: str, world_size: int) -> None:
     report(kind, world_size, check_gloo_sub_groups)
 
 
-@pytest.mark.parametrize("check", [check for check in CHECKS["mpi"] if check not in EVERYWHERE], ids=name_of)
+@pytest.mark.parametrize("check", [check for check in CHECKS["mpi"] if check not in EVERYWHERE], ids=short)
 @pytest.mark.parametrize(("kind", "world_size"), MPI)
-def test_mpi(kind: str, world_size: int, check: Callable[[Backend], None]) -> None:
+def test_mpi(kind: str, world_size: int, check: Check) -> None:
     report(kind, world_size, check)
 
 
@@ -493,6 +473,6 @@ def answer_with(answer: Any, value: int, status: int = 0) -> int:
     return status
 
 
-@pytest.mark.parametrize("check", EVERYWHERE, ids=name_of)
-def test_single(check: Callable[[Backend], None]) -> None:
+@pytest.mark.parametrize("check", EVERYWHERE, ids=short)
+def test_single(check: Check) -> None:
     check(make_backend("single"))

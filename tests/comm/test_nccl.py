@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 import numpy as np
@@ -17,6 +16,7 @@ from onebit.comm import CompressedAllreduce, run_threads
 from onebit.comm.backend import SUMMABLE, Backend
 from onebit.comm.errors import BackendError
 from onebit.comm.registry import make_backend
+from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import run_ranks
 from tests.comm.test_backends import DTYPES, as_bytes, as_tensor, blank, bytes_of, exchanged, gathered
 
@@ -257,23 +257,11 @@ CHECKS = [
 ]
 
 
-def run_checks(backend: Backend) -> dict[str, str]:
-    """The traceback of each check that failed on this rank."""
-    failures = {}
-    for check in CHECKS:
-        try:
-            check(backend)
-        except Exception:
-            failures[check.__name__] = traceback.format_exc()
-    return failures
-
-
 @pytest.fixture(scope="module", params=WORLD_SIZES)
-def failures(request: pytest.FixtureRequest) -> list[dict[str, str]]:
-    return run_ranks("nccl", request.param, run_checks, timeout=150.0)
+def failures(request: pytest.FixtureRequest) -> list[Failures]:
+    return run_ranks("nccl", request.param, failures_of, CHECKS, timeout=150.0)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_nccl(failures: list[dict[str, str]], check: Callable[[Backend], None]) -> None:
-    failed = {rank: found[check.__name__] for rank, found in enumerate(failures) if check.__name__ in found}
-    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+@pytest.mark.parametrize("check", CHECKS, ids=short)
+def test_nccl(failures: list[Failures], check: Check) -> None:
+    assert_passed(failures, check.__name__)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.nn import Parameter
 from onebit.comm import Backend, run_threads
 from onebit.compress import SignCodec
 from onebit.optim import OnebitAdam
+from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import run_ranks
 from tests.optim.samples import all_params, parameters, patchy, step, through_a_file, values
 
@@ -260,6 +260,7 @@ def check_the_work_of_a_step_can_be_captured_and_replayed(backend: Backend) -> N
     def work() -> None:
         with torch.no_grad():
             exchange: Any = optimizer._exchange(optimizer.param_groups[0], optimizer._of_groups()[0])
+            exchange.sending.finish()
             exchange.settle(exchange.all_finite())
 
     side = torch.cuda.Stream()
@@ -293,7 +294,7 @@ def check_the_work_of_a_step_can_be_captured_and_replayed(backend: Backend) -> N
     assert fused.steps.unique().tolist() == [6.0]  # 3, the one on the side, and 2 of 3 replays
 
 
-CHECKS: list[Callable[[Backend], None]] = [
+CHECKS: list[Check] = [
     check_numbers_are_those_of_cpu_ranks,
     check_replicas_are_bit_equal_in_all_phases,
     check_a_step_waits_for_nothing_good_or_bad,
@@ -303,28 +304,15 @@ CHECKS: list[Callable[[Backend], None]] = [
 ]
 
 
-def run_checks(backend: Backend) -> dict[str, str]:
-    """The traceback of each check that failed on this rank."""
-    failures = {}
-    for check in CHECKS:
-        try:
-            check(backend)
-        except Exception:
-            failures[check.__name__] = traceback.format_exc()
-        torch.cuda.synchronize()
-    return failures
-
-
 @pytest.fixture(scope="module", params=WORLD_SIZES)
-def failures(request: pytest.FixtureRequest) -> list[dict[str, str]]:
-    return run_ranks("nccl", request.param, run_checks, timeout=240.0)
+def failures(request: pytest.FixtureRequest) -> list[Failures]:
+    return run_ranks("nccl", request.param, failures_of, CHECKS, timeout=240.0)
 
 
 @pytest.mark.skipif(not WORLD_SIZES, reason="needs two CUDA devices")
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_over_nccl(failures: list[dict[str, str]], check: Callable[[Backend], None]) -> None:
-    failed = {rank: found[check.__name__] for rank, found in enumerate(failures) if check.__name__ in found}
-    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+@pytest.mark.parametrize("check", CHECKS, ids=short)
+def test_over_nccl(failures: list[Failures], check: Check) -> None:
+    assert_passed(failures, check.__name__)
 
 
 def test_one_rank_compresses_nothing_and_steps_as_torch_does() -> None:

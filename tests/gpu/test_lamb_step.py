@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from onebit.optim import OnebitLamb, check_replicas
 from onebit.optim.fused import FusedMomentum
 from onebit.optim.gpu.lamb import LayerwiseUpdate
 from onebit.optim.lamb import Layers
+from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import state_bits
 from tests.gpu.test_fused_step import no_synchronisation
@@ -412,6 +412,7 @@ def check_its_work_can_be_captured_and_replayed(backend: Backend) -> None:
     def work() -> None:
         with torch.no_grad():
             exchange: Any = optimizer._exchange(optimizer.param_groups[0], optimizer._of_groups()[0])
+            exchange.sending.finish()
             exchange.settle(exchange.all_finite())
 
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -433,26 +434,18 @@ def check_its_work_can_be_captured_and_replayed(backend: Backend) -> None:
             assert not wrong, f"after {number} replays {wrong} of {p.numel()} of parameter {i} differ from eager steps"
 
 
-CHECKS: list[Callable[[Backend], None]] = [
+CHECKS: list[Check] = [
     check_a_step_waits_for_nothing_good_or_bad,
     check_its_work_can_be_captured_and_replayed,
 ]
 
 
-def failures(backend: Backend) -> dict[str, str]:
-    """The traceback of each check that failed on this rank."""
-    found = {}
-    for check in CHECKS:
-        try:
-            check(backend)
-        except Exception:
-            found[check.__name__] = traceback.format_exc()
-        torch.cuda.synchronize()
-    return found
+@pytest.fixture(scope="module")
+def failures() -> list[Failures]:
+    return run_ranks("nccl", 2, failures_of, CHECKS, timeout=240.0)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_over_nccl() -> None:
-    told = run_ranks("nccl", 2, failures, timeout=240.0)
-    texts = [f"rank {r}, {name}: {text}" for r, found in enumerate(told) for name, text in found.items()]
-    assert not texts, "\n".join(texts)
+@pytest.mark.parametrize("check", CHECKS, ids=short)
+def test_over_nccl(failures: list[Failures], check: Check) -> None:
+    assert_passed(failures, check.__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn import Parameter
 from torch.utils.data import DataLoader, TensorDataset
 
 from onebit.comm import Backend, InputError, run_threads
+from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import run_ranks
 from tests.optim.loops import KINDS, STEPS, WARM_UP, assert_equal_on_ranks, backward, batch, make, network, settled
 from tests.optim.samples import contents, values
@@ -315,7 +315,7 @@ def check_workers(backend: Backend) -> None:
         assert_equal_on_ranks(backend, list(model.parameters()))
 
 
-CHECKS: list[Callable[[Backend], None]] = [
+CHECKS: list[Check] = [
     check_mixed_precision,
     check_replays,
     check_a_capture_is_refused_on_all_ranks_and_steps_go_on,
@@ -323,25 +323,12 @@ CHECKS: list[Callable[[Backend], None]] = [
 ]
 
 
-def run_checks(backend: Backend) -> dict[str, str]:
-    """The traceback of each check that failed on this rank."""
-    failures = {}
-    for check in CHECKS:
-        try:
-            check(backend)
-        except Exception:
-            failures[check.__name__] = traceback.format_exc()
-        torch.cuda.synchronize()
-    return failures
-
-
 @pytest.fixture(scope="module")
-def failures() -> list[dict[str, str]]:
-    return run_ranks("nccl", 2, run_checks, timeout=240.0)
+def failures() -> list[Failures]:
+    return run_ranks("nccl", 2, failures_of, CHECKS, timeout=240.0)
 
 
 @pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_over_nccl(failures: list[dict[str, str]], check: Callable[[Backend], None]) -> None:
-    failed = {rank: found[check.__name__] for rank, found in enumerate(failures) if check.__name__ in found}
-    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+@pytest.mark.parametrize("check", CHECKS, ids=short)
+def test_over_nccl(failures: list[Failures], check: Check) -> None:
+    assert_passed(failures, check.__name__)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor
 from onebit.comm import Backend, CompressedAllreduce, DenseAllreduce, run_threads
 from onebit.comm.backend import SUMMABLE
 from onebit.comm.mpi_backend import MpiBackend
+from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import needs_mpi, run_ranks
 from tests.comm.test_backends import DTYPES, as_bytes, as_tensor, blank, bytes_of, exchanged, gathered
 
@@ -111,30 +109,25 @@ CHECKS = [
 WAYS = ["as the library says", "staged"]
 
 
-def run_checks(backend: Backend) -> dict[str, str]:
-    """The traceback of each check that failed on this rank, by way and check."""
+def run_checks(backend: Backend) -> Failures:
+    """What failed on this rank, by way and check."""
     assert isinstance(backend, MpiBackend)
     torch.cuda.set_device(backend.rank % torch.cuda.device_count())
     failures = {}
     for way in WAYS:
         if way == "staged":
             backend.cuda_aware = False
-        for check in CHECKS:
-            try:
-                check(backend)
-            except Exception:
-                failures[f"{way}: {check.__name__}"] = f"cuda_aware is {backend.cuda_aware}\n{traceback.format_exc()}"
+        for check, text in failures_of(backend, CHECKS).items():
+            failures[f"{way}: {check}"] = f"cuda_aware is {backend.cuda_aware}\n{text}"
     return failures
 
 
 @pytest.fixture(scope="module")
-def failures() -> list[dict[str, str]]:
+def failures() -> list[Failures]:
     return run_ranks("mpi", 2, run_checks, timeout=200.0)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("check", CHECKS, ids=short)
 @pytest.mark.parametrize("way", WAYS)
-def test_mpi_with_cuda_tensors(failures: list[dict[str, str]], way: str, check: Callable[[Backend], None]) -> None:
-    key = f"{way}: {check.__name__}"
-    failed = {rank: found[key] for rank, found in enumerate(failures) if key in found}
-    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+def test_mpi_with_cuda_tensors(failures: list[Failures], way: str, check: Check) -> None:
+    assert_passed(failures, f"{way}: {check.__name__}")
