@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebit.comm import Backend, run_threads
 from onebit.optim import ZeroOneAdam
@@ -100,3 +101,37 @@ def test_a_run_with_fused_local_steps_resumes_bit_for_bit_in_the_middle_of_an_in
     expected = [seen for seen, _, _ in run_threads(2, run, parameters, SOON)]
     for start in (15, 16, 18):
         assert [seen for seen, _, _ in run_threads(2, run, parameters, SOON, False, start)] == expected
+
+
+class Counting(TorchDispatchMode):
+    """Counts torch's operations on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one count", "two counts"])
+def test_the_operations_of_a_local_step_do_not_grow_with_the_number_of_tensors(
+    several: bool, fused: Callable[[], list[LocalStep]]
+) -> None:
+    def operations(backend: Backend, n: int) -> int:
+        params = [Parameter(torch.ones(3)) for _ in range(n)]
+        optimizer = ZeroOneAdam(params, backend=backend, **SOON)
+        for number, kind in enumerate(KINDS):
+            for i, p in enumerate(params):
+                p.grad = None if several and number == 0 and i == 1 else torch.full((3,), 1.0 + i + number)
+            mode = Counting()
+            with mode:
+                optimizer.step()
+            if kind == "local" and KINDS[number - 1] == "local":
+                return mode.count
+        raise AssertionError("no local step followed another")
+
+    fused()
+    (few, _), (many, _) = run_threads(2, operations, 3), run_threads(2, operations, 30)
+    assert few == many
