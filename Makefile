@@ -77,7 +77,7 @@ bench: setup ## time kernels and collectives on this machine and check their res
 	$(BIN)/python -m onebit.benchmarks.suite --plot
 
 RESULTS  := --output benchmarks/results --plot
-AVERAGES := --cases collectives,stages $(RESULTS)
+AVERAGES := --cases collectives,modes,stages $(RESULTS)
 TORCHRUN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(NP)
 
 .PHONY: bench-gloo

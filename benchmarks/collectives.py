@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed
@@ -141,6 +142,10 @@ def _share(setting: Setting) -> float:
     return 2 * (setting.backend.size - 1) / setting.backend.size
 
 
+def _compressed_wire(setting: Setting) -> float:
+    return _share(setting) * packed(setting)
+
+
 COLLECTIVES: tuple[Case[Exchange], ...] = (
     Case(
         name="all_reduce",
@@ -169,31 +174,48 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         check=_all_reduce_check,
     ),
     Case(
-        name="plain-buckets",
-        summary='CompressedAllreduce(mode="plain"): the same sum of float32 buckets',
-        family="collectives",
-        against=("plain",),
-        capturable=True,
-        moved=_tensor_bytes,
-        wire=lambda setting: _share(setting) * 4 * setting.numel,
-        inputs=_inputs_of("plain"),
-        refresh=_put_back,
-        run=_run,
-        stages=_stages,
-        check=_plain_check,
-    ),
-    Case(
         name="compressed",
         summary="CompressedAllreduce of the same tensor",
         family="collectives",
         against=("plain", "bf16"),
         capturable=True,
         moved=_tensor_bytes,
-        wire=lambda setting: _share(setting) * packed(setting),
+        wire=_compressed_wire,
         inputs=_inputs_of("compressed"),
         refresh=_put_back,
         run=_run,
         stages=_stages,
         check=_compressed_check,
     ),
+)
+
+
+def _auto_check(state: Exchange) -> Callable[[], int]:
+    """As the mode that all buckets have; where they differ, whether ranks do."""
+    assert state.reduce is not None
+    if "plain" not in state.reduce.modes:
+        return _compressed_check(state)
+    return _plain_check(state) if set(state.reduce.modes) == {"plain"} else lambda: _differing(state)
+
+
+def _mode(mode: Mode, check: Callable[[Exchange], Callable[[], int]], **options: Any) -> Case[Exchange]:
+    return Case(
+        name=f"mode-{mode}",
+        summary=f'CompressedAllreduce(mode="{mode}") of the same tensor',
+        family="modes",
+        capturable=True,
+        moved=_tensor_bytes,
+        inputs=_inputs_of(mode),
+        refresh=_put_back,
+        run=_run,
+        stages=_stages,
+        check=check,
+        **options,
+    )
+
+
+MODES: tuple[Case[Exchange], ...] = (
+    _mode("plain", _plain_check, role="mode plain", wire=lambda setting: _share(setting) * 4 * setting.numel),
+    _mode("compressed", _compressed_check, role="mode compressed", wire=_compressed_wire),
+    _mode("auto", _auto_check, against=("mode plain", "mode compressed")),
 )

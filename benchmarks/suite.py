@@ -50,9 +50,9 @@ def _kernels(arguments: Sequence[str]) -> int:
 
 
 def _averages(ranks: int, arguments: Sequence[str]) -> int:
-    """The collectives and their stages on Gloo over loopback."""
+    """The collectives, the modes and the stages of ours on Gloo over loopback."""
     try:
-        launch(loopback(ranks), ["--cases=collectives,stages", "--link=loopback", *arguments])
+        launch(loopback(ranks), ["--cases=collectives,modes,stages", "--link=loopback", *arguments])
     except RankError as error:
         console.say(f"{error}", stderr=True)
         return 1

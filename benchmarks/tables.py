@@ -7,14 +7,24 @@ from typing import Any
 
 from onebit.benchmarks.adam import ADAM, ADAM_RANKS
 from onebit.benchmarks.case import Case
-from onebit.benchmarks.collectives import COLLECTIVES
+from onebit.benchmarks.collectives import COLLECTIVES, MODES
 from onebit.benchmarks.kernels import KERNELS
 from onebit.benchmarks.onebit_steps import STEPS
 from onebit.benchmarks.peers import PEERS
 from onebit.benchmarks.stages import STAGES
 from onebit.benchmarks.yardsticks import YARDSTICKS
 
-CASES: tuple[Case[Any], ...] = (*YARDSTICKS, *KERNELS, *COLLECTIVES, *STAGES, *PEERS, *STEPS, *ADAM, *ADAM_RANKS)
+CASES: tuple[Case[Any], ...] = (
+    *YARDSTICKS,
+    *KERNELS,
+    *COLLECTIVES,
+    *MODES,
+    *STAGES,
+    *PEERS,
+    *STEPS,
+    *ADAM,
+    *ADAM_RANKS,
+)
 
 
 def select(names: Iterable[str], cases: tuple[Case[Any], ...] = CASES) -> list[list[Case[Any]]]:

@@ -12,7 +12,7 @@ import torch
 
 from onebit.benchmarks import CASES, Case, Row, Setting, Sweep, drive, select, station
 from onebit.benchmarks.collectives import Exchange
-from onebit.comm import make_backend, run_threads
+from onebit.comm import make_backend, run_threads, tuning
 from onebit.comm.backend import Backend
 
 QUICK = Sweep(iterations=2, warmup=1)
@@ -67,6 +67,18 @@ def test_every_kernel_case_is_right_at_sizes_off_the_block_grid(numel: int, dtyp
     assert {row.case: row.wrong for row in rows} == {case.name: 0 for case in kernels}
 
 
+@pytest.mark.parametrize("picked", ["plain", "compressed"])
+def test_modes_are_right_and_auto_sends_what_it_picks(picked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning.Tuning, "pick", lambda self, numel: picked)
+    monkeypatch.setattr(tuning, "SIZES", (64,))
+    [modes] = select(["modes"])
+    for rows in run_threads(2, average, modes, 64 * 1024, torch.float32):
+        found = {row.case: row for row in rows}
+        assert {row.wrong for row in rows} == {0}
+        assert found["mode-auto"].wire_bytes == found[f"mode-{picked}"].wire_formula
+        assert set(found["mode-auto"].ratios) == {"mode plain", "mode compressed"}
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_averages_are_right_on_ranks_that_are_threads(ranks: int) -> None:
     [collectives] = select(["collectives"])
@@ -83,7 +95,7 @@ def test_every_rank_reports_the_same_times() -> None:
 def test_wire_bytes_counted_equal_the_formula_where_blocks_divide_evenly() -> None:
     [collectives] = select(["collectives"])
     rows = run_threads(2, average, collectives, 64 * 1024, torch.float32)[0]
-    expected = {"all_reduce": 262144, "all_reduce-bf16": 131072, "plain-buckets": 262144, "compressed": 8448}
+    expected = {"all_reduce": 262144, "all_reduce-bf16": 131072, "compressed": 8448}
     assert {row.case: row.wire_bytes for row in rows} == {row.case: row.wire_formula for row in rows} == expected
 
 
@@ -208,7 +220,7 @@ def test_a_case_is_left_out_on_a_device_that_it_does_not_run_on(clock: Clock) ->
     assert [row.case for row in drive(cases, [alone(1)], QUICK)] == ["here"]
 
 
-@pytest.mark.parametrize("name", ["all_reduce", "all_reduce-bf16", "plain-buckets"])
+@pytest.mark.parametrize("name", ["all_reduce", "all_reduce-bf16", "mode-plain"])
 def test_an_average_that_is_off_is_counted(name: str) -> None:
     [[case]] = select([name])
 

@@ -36,7 +36,7 @@ def test_a_document_has_every_field(document: Document) -> None:
 
 
 def test_every_row_has_every_field_and_is_right(document: Document) -> None:
-    assert len(document["rows"]) == 10
+    assert len(document["rows"]) == 9
     for row in document["rows"]:
         assert row.keys() == ROW
         assert row["wrong"] == 0

@@ -44,7 +44,7 @@ def test_adam_is_right(dtype: torch.dtype) -> None:
 
 @needs_two
 @pytest.mark.parametrize("graph", [False, True], ids=["started", "graph"])
-@pytest.mark.parametrize("family", ["collectives", "stages"])
+@pytest.mark.parametrize("family", ["collectives", "modes", "stages"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_averages_and_their_stages_are_right_over_nccl(world_size: int, family: str, graph: bool) -> None:
     for found in run_ranks("nccl", world_size, wrong, family, Sweep(iterations=2, graph=graph), timeout=120.0):
