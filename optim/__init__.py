@@ -7,6 +7,7 @@ from onebit.optim.fused_adam import FusedAdam
 from onebit.optim.onebit_adam import OnebitAdam
 from onebit.optim.onebit_lamb import OnebitLamb
 from onebit.optim.replicas import check_replicas
+from onebit.optim.stop import in_step
 from onebit.optim.zero_one_adam import ZeroOneAdam
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "ZeroOneAdam",
     "check_replicas",
     "clip_grad_norm_",
+    "in_step",
 ]
