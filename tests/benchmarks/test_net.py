@@ -115,13 +115,13 @@ class TestOnARealLink:
 
     def test_both_averages_are_right_and_the_link_saw_what_was_counted(self, tmp_path: Path) -> None:
         before = namespaces()
-        assert net.main(["--rate=1gbit", "-e1M", "-n2", f"--output={tmp_path}"]) == 0
+        assert net.main(["--rate=1gbit", "-e1M", "-n5", f"--output={tmp_path}"]) == 0
         assert namespaces() <= before
         [path] = tmp_path.glob("*-net-1gbit-*.json")
         rows = record.load(path)["rows"][-3:]
         assert [row["wrong"] for row in rows] == [0] * 3
         for row in rows:
-            # Headers, acknowledgements and a stray barrier come on top of the payload.
+            # On top of the payload come headers, acknowledgements and a stray barrier; what TCP sends twice is in few rounds.
             assert row["wire_formula"] <= row["link_bytes"] <= 1.15 * row["wire_formula"] + 4096
 
     def test_three_hosts_are_joined_by_a_switch_and_leave_nothing(self, tmp_path: Path) -> None:
