@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,18 +16,16 @@ from onebit.comm.registry import make_backend
 from onebit.comm.residual import Residual
 from onebit.comm.stats import Stats
 from onebit.compress import SignCodec
-from onebit.compress.errors import InputError
 
-VERSION = 1
 BUCKET_MB = 25.0  # DDP's own: what its gradients arrive in
 
 
 class CompressedHook:
     """Replaces every gradient by its compressed mean over ranks; see `onebit.comm.ddp.compress_gradients`.
 
-    DDP forms its buckets anew after the first iteration. The hook has buckets of its own, of whole parameters from the
-    model's last to its first; one starts to travel, in this order, when backward has come to all its gradients, and all
-    are complete when backward returns. The first iteration only learns which gradients there are, and overlaps nothing.
+    DDP forms its buckets anew after the first iteration. The hook has buckets of its own, of gradients from the model's
+    last parameter to its first; one starts to travel, in this order, when backward has come to all of it, and all are
+    complete when backward returns. The first iteration only learns which gradients there are, and overlaps nothing.
 
     A gradient that is not finite makes the mean of its block NaN on every rank, and the error feedback of that block
     stays as it was on the server and on the rank that has it. If an optimizer then skips its step, as with
@@ -38,7 +36,7 @@ class CompressedHook:
     Args:
         model: whose gradients; it sets the process group.
         codec: what goes on the wire.
-        bucket_mb: MiB of fp32 gradients that start together; None: 25. The size changes no result.
+        bucket_mb: MiB of fp32 that travel together; None: 25. The size changes no result.
 
     Attributes:
         model: the DDP model.
@@ -52,18 +50,21 @@ class CompressedHook:
     ) -> None:
         self.model = model
         self._codec = SignCodec() if codec is None else codec
-        self._bucket_numel = int(bucket_mb_for([], BUCKET_MB if bucket_mb is None else bucket_mb) * 2**20) // 4
+        self._bucket_mb = bucket_mb_for([], BUCKET_MB if bucket_mb is None else bucket_mb)
         self._backend = make_backend(model.process_group, device=model.device)
-        self._buckets: list[_Bucket] = []
-        self._loaded: list[Residual] | None = None
-        self._gradients: dict[Tensor, Tensor] = {}
+        self._residual = Residual()
+        self._reduce: CompressedAllreduce | None = None
+        self._params: list[Tensor] = []
+        self._arrived: dict[Tensor, Tensor] = {}
+        self._rows: list[Tensor] = []
         self._waiting: list[tuple[Future[Tensor], Tensor]] = []
-        self._works: list[CompressedWork] = []
+        self._work: CompressedWork | None = None
+        self._sent = 0
 
     @property
     def stats(self) -> Stats:
         """Bytes and times of all averages of this rank so far; a new object each time."""
-        return Stats.total(bucket.reduce.stats for bucket in self._buckets)
+        return Stats.total([] if self._reduce is None else [self._reduce.stats])
 
     def average(self, bucket: GradBucket) -> Future[Tensor]:
         """DDP's communication hook: takes a bucket of this rank's gradients, and completes all with the last one.
@@ -75,97 +76,63 @@ class CompressedHook:
             A future of the buffer, done when the hook was called for the last bucket of the backward pass.
 
         Raises:
+            InputError: the loaded error feedback is of another model; on every rank.
             TransportError: a peer is dead or too slow.
         """
-        if bucket.index() == 0:
-            self._forget()
         future: Future[Tensor] = torch.futures.Future()
         self._waiting.append((future, bucket.buffer()))
-        self._gradients.update(zip(bucket.parameters(), bucket.gradients(), strict=True))
-        if bucket.is_last() and (not self._buckets or self._loaded is not None):
-            self._make_buckets()
-        self._start()
+        self._arrived.update(zip(bucket.parameters(), bucket.gradients(), strict=True))
+        if self._reduce is None and bucket.is_last():
+            self._reduce = self._make()
+        if self._reduce is not None:
+            self._send(self._reduce)
         if bucket.is_last():
             self._finish()
         return future
 
     def rescale(self, factor: float) -> None:
         """Multiply the error feedback by `factor`, new over old scale, when a loss scale has changed."""
-        for residual in self._residuals():
-            residual.rescale(factor)
+        self._residual.rescale(factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the error feedback of this rank; every rank has its own to save."""
-        return {"version": VERSION, "residuals": [residual.state_dict() for residual in self._residuals()]}
+        """Return the error feedback of this rank, as `onebit.comm.Residual`; every rank has its own to save."""
+        return self._residual.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the error feedback of the same rank and world size, from the next backward pass on.
+        """Take over the error feedback of the same rank and world size; before the first backward it waits until then.
 
         Raises:
-            InputError: it is no such state; nothing was changed. Whether it fits the model shows in the next backward
-                pass, which then raises.
+            InputError: it is no such state, or of another model; nothing was changed.
         """
-        version = state.get("version") if isinstance(state, Mapping) else None
-        if version != VERSION or not isinstance(state.get("residuals"), Sequence):
-            raise InputError(
-                f"rank {self._backend.rank}: CompressedHook: the state to load has version {version!r}, expected "
-                f"{VERSION} and residuals; was it made by state_dict()?"
-            )
-        loaded = [Residual() for _ in state["residuals"]]
-        for residual, saved in zip(loaded, state["residuals"], strict=True):
-            residual.load_state_dict(saved)
-        self._loaded = loaded
+        self._residual.load_state_dict(state)
 
-    def _residuals(self) -> list[Residual]:
-        return [bucket.reduce.residual for bucket in self._buckets] if self._loaded is None else self._loaded
+    def _make(self) -> CompressedAllreduce:
+        """The average of all gradients that there are; collective."""
+        self._params = [p for p in reversed(list(self.model.parameters())) if p in self._arrived]
+        gradients = [self._arrived[p] for p in self._params]
+        self._rows = list(gradients)
+        return CompressedAllreduce(
+            gradients, self._backend, self._codec, bucket_mb=self._bucket_mb, residual=self._residual
+        )
 
-    def _make_buckets(self) -> None:
-        """Form the hook's own buckets of all parameters that have come; collective."""
-        place: dict[Tensor, int] = {p: i for i, p in enumerate(self.model.parameters())}
-        groups: list[list[Tensor]] = [[]]
-        for p in sorted(self._gradients, key=lambda p: -place[p]):
-            if groups[-1] and sum(q.numel() for q in groups[-1]) + p.numel() > self._bucket_numel:
-                groups.append([])
-            groups[-1].append(p)
-        residuals = [Residual() for _ in groups] if not self._loaded else self._loaded
-        if len(residuals) != len(groups):
-            raise InputError(
-                f"rank {self._backend.rank}: CompressedHook: the loaded state has {len(residuals)} buckets, and this "
-                f"model has {len(groups)}; use the model and the bucket_mb of the state"
-            )
-        self._buckets = [
-            _Bucket(params, self._reduce([self._gradients[p] for p in params], residual))
-            for params, residual in zip(groups, residuals, strict=True)
-        ]
-        self._loaded = None
-
-    def _reduce(self, gradients: list[Tensor], residual: Residual) -> CompressedAllreduce:
-        return CompressedAllreduce(gradients, self._backend, self._codec, residual=residual)
-
-    def _start(self) -> None:
+    def _send(self, reduce: CompressedAllreduce) -> None:
         """Start what has all its gradients, in order."""
-        for bucket in self._buckets[len(self._works) :]:
-            if not all(p in self._gradients for p in bucket.params):
+        if self._work is None:
+            self._work = reduce.start_with(*reduce.encoding(self._rows), send=False)
+        for part in reduce.parts[self._sent :]:
+            if not all(self._params[i] in self._arrived for i in part.used):
                 return
-            self._works.append(bucket.reduce.start([self._gradients[p] for p in bucket.params]))
+            for i in part.used:
+                self._rows[i] = self._arrived[self._params[i]]
+            self._work.send(self._sent)
+            self._sent += 1
 
     def _finish(self) -> None:
-        for work in self._works:
-            work.wait()
+        assert self._work is not None
+        self._work.finish()
+        self._work.decode([self._arrived[p] for p in self._params])
         for future, buffer in self._waiting:
             future.set_result(buffer)
-        self._forget()
-
-    def _forget(self) -> None:
-        """Let go of this backward pass, or of one that did not come to its end."""
-        self._gradients.clear()
+        self._work, self._sent = None, 0
+        self._arrived.clear()
         self._waiting.clear()
-        self._works.clear()
-
-
-class _Bucket:
-    """Parameters whose gradients travel together, and their average."""
-
-    def __init__(self, params: Sequence[Tensor], reduce: CompressedAllreduce) -> None:
-        self.params = params
-        self.reduce = reduce
