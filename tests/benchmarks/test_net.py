@@ -121,7 +121,7 @@ class TestOnARealLink:
         rows = record.load(path)["rows"][-3:]
         assert [row["wrong"] for row in rows] == [0] * 3
         for row in rows:
-            # On top of the payload come headers, acknowledgements and a stray barrier; what TCP sends twice is in few rounds.
+            # On top of the payload come headers, acknowledgements, a stray barrier; few rounds send a segment twice.
             assert row["wire_formula"] <= row["link_bytes"] <= 1.15 * row["wire_formula"] + 4096
 
     def test_three_hosts_are_joined_by_a_switch_and_leave_nothing(self, tmp_path: Path) -> None:
