@@ -40,9 +40,9 @@ class OnebitLamb(FusedGroups):
     later, so that one pass over memory moves the parameters and measures.
 
     An entry whose variance is 0 at the freeze is dead: its momentum and error feedback stay 0, and r does not see it. A
-    parameter that had no gradient on any rank during warm-up is left alone until `add_param_group` gives it a warm-up of
-    its own. After the freeze a gradient that is None counts as zero: momentum and weight decay still move the parameter,
-    so put layers that are to stand still in a group whose lr is 0 then. With one rank nothing is compressed.
+    parameter that had no gradient on any rank during warm-up is left alone until `add_param_group` gives it a warm-up
+    of its own. After the freeze a gradient that is None counts as zero: momentum and weight decay still move the
+    parameter, so put layers that are to stand still in a group whose lr is 0 then. With one rank nothing is compressed.
 
     Args:
         params: as for any torch optimizer; fp32, bf16 or fp16, with the same start on every rank. Moments are fp32.
