@@ -137,14 +137,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-com
 
 # pip would write the byte code of everything it installs. Using what the project uses writes the part that matters in half
 # the time, once, where otherwise each rank of the first run would do it.
-USED := import hypothesis, matplotlib.pyplot, numba, pytest, rich.progress, torch._dynamo, torch.distributed, tqdm; \
-	numba.njit(lambda: 0)()
+USED := import hypothesis, lightning, matplotlib.pyplot, numba, pytest, rich.progress, torch._dynamo, \
+	torch.distributed, tqdm, transformers.trainer; numba.njit(lambda: 0)()
 
 $(REQUIREMENTS): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		"onebit needs Python 3.10 or newer: make clean, then make setup PYTHON=python3.x")'
-	@echo 'setting up $(VENV), about a minute:'
+	@echo 'setting up $(VENV), one or two minutes:'
 	@{ $(PIP_INSTALL) -c constraints.txt setuptools && \
 	   $(PIP_INSTALL) -c constraints.txt --no-build-isolation --config-settings editable_mode=strict \
 		-e '.[mpi,bench,docs,clients,dev]'; \
