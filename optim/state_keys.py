@@ -40,13 +40,18 @@ NEVER_SAVED = frozenset(
         "_dead",
         "_fused",
         "_layers",
+        "_lent",
         "_locals",
         "_looked_up",
+        "_overlap",
         "_pending",
         "_reducers",
+        "_right_options",
         "_spec",
         "_taken",
         "_told",
         "_unheard",
+        "averager",
+        "gradients_averaged",
     }
 )
