@@ -81,7 +81,7 @@ class Known:
         if late and reducers.first_warning():
             _log.warning(
                 "rank %d: parameters %s have their first gradient after the freeze, so there is no variance for them "
-                "and they are not updated; give them to add_param_group, where they make a warm-up of their own, or let "
+                "and they are not updated; give them to add_param_group, which makes a warm-up of their own, or let "
                 "OnebitAdam take them in by its variance_refresh",
                 reducers.backend.rank,
                 late,
