@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from onebit.comm import CompressedAllreduce, CompressedWork, Part
 from onebit.compress import SignCodec
 from onebit.optim.dense import MeanGradients
-from onebit.optim.exchange import CompressedSending, Exchange, GroupReducers
+from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, warn_if_too_late
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, decay, local_momenta, wanted
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step, check_number
+from onebit.optim.staged import StagedAverage
 from onebit.optim.state_keys import EXTRA
 from onebit.optim.warmup import WarmupStep
 
@@ -262,47 +262,20 @@ class _Compressed:
 
     def __init__(self, optimizer: OnebitAdam, frozen: _Frozen, reducers: GroupReducers) -> None:
         self._frozen = frozen
-        reduce = optimizer._average_of(reducers, frozen.variances())  # like the momenta
-        self._local = [torch.empty(m.shape, device=m.device) for m in frozen.momenta()]
-        self._to_fill = set(range(len(self._local)))
-        self._work = self._start(reduce)
-        self.sending = CompressedSending(self._work, reduce.parts, frozen.known.indices)
-
-    def _start(self, reduce: CompressedAllreduce) -> CompressedWork:
-        if not reduce.parts:
-            self._fill(range(len(self._local)))
-            return reduce.start(self._local)
-        encode, undo = reduce.encoding(self._local)
-
-        def fill_and_encode(part: Part) -> None:
-            self._fill(part.used)
-            encode(part)
-
-        return reduce.start_with(fill_and_encode, undo, send=False)
-
-    def _fill(self, indices: Sequence[int]) -> None:
-        """Have the local momenta of these parameters ready."""
-        wanted = sorted(self._to_fill.intersection(indices))
-        self._to_fill.difference_update(wanted)
-        if wanted:
-            momenta = self._frozen.local_momenta(wanted)
-            torch._foreach_copy_([self._local[i] for i in wanted], momenta)
+        like = frozen.variances()
+        reduce = optimizer._average_of(reducers, like)
+        self._average = StagedAverage(reduce, like, frozen.local_momenta, frozen.known.indices)
+        self.sending = self._average.sending
 
     def all_finite(self) -> Tensor:
-        return self._work.all_finite()
+        return self._average.all_finite()
 
     def undo(self) -> None:
-        self._work.undo()
-        self._let_go()
+        self._average.undo()
 
     def commit(self) -> None:
-        self._work.decode(self._frozen.momenta())
-        self._let_go()
+        self._average.decode(self._frozen.momenta())
         self._frozen.update()
-
-    def _let_go(self) -> None:
-        """Forget the work, which knows this step: gradients are to be freed at once, not by the garbage collector."""
-        del self._work, self.sending
 
 
 class _Refresh:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from onebit.comm import CompressedWork
 from onebit.compress import InputError, SignCodec
 from onebit.optim import lamb
 from onebit.optim.exchange import Exchange, GroupReducers
@@ -18,6 +17,7 @@ from onebit.optim.fused_lamb import FusedLamb, lamb_kernels
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
 from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step, check_number
+from onebit.optim.staged import StagedAverage
 from onebit.optim.state_keys import LAYERWISE
 from onebit.optim.warmup import WarmupStep
 
@@ -64,6 +64,8 @@ class OnebitLamb(FusedGroups):
         codec: what goes on the wire after warm-up.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
+        overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in
+            `no_sync`, and leave gradients as they are between backward and `step`.
 
     Raises:
         InputError: an option is out of range or a parameter has an unsupported dtype.
@@ -97,6 +99,7 @@ class OnebitLamb(FusedGroups):
         backend: object = None,
         codec: SignCodec | None = None,
         check_every: int | None = None,
+        overlap: bool = False,
         **unsupported: NoReturn,
     ) -> None:
         defaults = {
@@ -126,6 +129,7 @@ class OnebitLamb(FusedGroups):
             backend=backend,
             codec=codec,
             check_every=check_every,
+            overlap=overlap,
         )
 
     def phase(self, group: int = 0) -> str:
@@ -188,6 +192,9 @@ class OnebitLamb(FusedGroups):
         check_count("OnebitLamb", "total_steps", group["total_steps"], "the length of the training")
         check_number("OnebitLamb", "variance_floor", group["variance_floor"], 0.0, 1.0)
         _check_lamb_options(group)
+
+    def _is_staged(self, group: Mapping[str, Any]) -> bool:
+        return True
 
     def _averages(self, group: Mapping[str, Any]) -> bool:
         return _phase(group, group["step"]) != "compressed"
@@ -271,18 +278,17 @@ class _Compressed:
         self._known.warn_of_others(gradients, reducers)
         self._params, self._states = self._known.params, self._known.states
         _refuse_without_coefficients(self._states, group)
+        self._gradients = self._known.of(gradients)
         momenta = [s["exp_avg"] for s in self._states]
         reduce = reducers.compressed(momenta, self._dead)
-        decoupled = {**group, "adamw_mode": True}
-        local = local_momenta(momenta, self._known.of(gradients), [], decoupled)
-        self._work: CompressedWork = reduce.start(local, overlap=False)
-        self._work.finish()
+        self._average = StagedAverage(reduce, momenta, self._local_momenta, self._known.indices)
+        self.sending = self._average.sending
 
     def all_finite(self) -> Tensor:
-        return self._work.all_finite()
+        return self._average.all_finite()
 
     def undo(self) -> None:
-        self._work.undo()
+        self._average.undo()
 
     def commit(self) -> None:
         if not self._params:
@@ -293,7 +299,7 @@ class _Compressed:
                 state["exp_avg_sq_fresh"] = state["exp_avg_sq"].clone()
         momenta, fresh = [s["exp_avg"] for s in states], [s["exp_avg_sq_fresh"] for s in states]
         updates = [torch.empty_like(m) for m in momenta]
-        self._work.decode(updates)
+        self._average.decode(updates)
         lamb.reconstruct(momenta, updates, fresh, group)
         self._known.count()
 
@@ -312,6 +318,11 @@ class _Compressed:
         lamb.move(values, updates, layers.coeff[rows] * layers.factor[rows] * group["lr"])
         layers.factor[rows] = lamb.limited(ratio, layers.factor[rows], group)
         write_back(self._params, values)
+
+    def _local_momenta(self, indices: Sequence[int]) -> list[Tensor]:
+        """This rank's next momenta of some of the parameters."""
+        momenta, gradients = [self._states[i]["exp_avg"] for i in indices], [self._gradients[i] for i in indices]
+        return local_momenta(momenta, gradients, [], {**self._group, "adamw_mode": True})
 
     def _largest_ratio(self, spread: list[Tensor]) -> Tensor:
         """(k,) fp32: the largest (√v̂ + ε)/(√v̂′ + ε) of the live entries of each tensor, 1 where none is alive.

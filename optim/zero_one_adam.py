@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from onebit.comm import CompressedWork
 from onebit.comm.tensors import all_finite
 from onebit.compress import SignCodec
 from onebit.optim.dense import MeanGradients
@@ -38,6 +37,7 @@ from onebit.optim.moments import adam_state, local_momenta, wanted
 from onebit.optim.options import check_adam_options, check_flags, check_number
 from onebit.optim.pending import PendingSteps
 from onebit.optim.policies import SyncPolicy, VariancePolicy
+from onebit.optim.staged import StagedAverage
 from onebit.optim.state_keys import EXTRA, INTERVAL
 from onebit.optim.untraced import untraced
 
@@ -88,6 +88,8 @@ class ZeroOneAdam(FusedGroups):
         codec: what goes on the wire in synchronised steps.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
+        overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in
+            `no_sync`, and leave gradients as they are between backward and `step`.
 
     Raises:
         InputError: an option is out of range or a parameter has an unsupported dtype.
@@ -117,6 +119,7 @@ class ZeroOneAdam(FusedGroups):
         backend: object = None,
         codec: SignCodec | None = None,
         check_every: int | None = None,
+        overlap: bool = False,
         **unsupported: NoReturn,
     ) -> None:
         defaults = {
@@ -146,6 +149,7 @@ class ZeroOneAdam(FusedGroups):
             backend=backend,
             codec=codec,
             check_every=check_every,
+            overlap=overlap,
         )
 
     @property
@@ -169,12 +173,14 @@ class ZeroOneAdam(FusedGroups):
         Raises:
             TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
         """
+        self._refuse_under_way("synchronize()")
         exchanges: list[_Sync] = []
         try:
             for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
                 known = self._known(group)
                 if is_open(known.states):
                     exchanges.append(_Sync(self, group, reducers, known, steps=0))
+                    exchanges[-1].sending.finish()
         except BaseException:
             for exchange in exchanges:
                 exchange.undo()
@@ -223,6 +229,15 @@ class ZeroOneAdam(FusedGroups):
             return (_FusedLocal if fits else _Local)(self, group, reducers, known)
         return _Sync(self, group, reducers, known)
 
+    def _is_staged(self, group: Mapping[str, Any]) -> bool:
+        return _kind(group, group["step"]) != "local"
+
+    def _look_at_others(
+        self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
+    ) -> None:
+        if group["step"] >= group["var_freeze_step"]:  # until then others may get a variance
+            super()._look_at_others(group, reducers, gradients)
+
     def _fused_interval(
         self, group: Mapping[str, Any], reducers: GroupReducers, known: Known, gradients: Sequence[Tensor | None]
     ) -> Exchange | None:
@@ -241,27 +256,38 @@ class ZeroOneAdam(FusedGroups):
     def _known_gradients(
         self, group: Mapping[str, Any], reducers: GroupReducers, known: Known
     ) -> Sequence[Tensor | None]:
-        """This rank's gradients of the parameters that have a variance; until the freeze others may get one."""
+        """This rank's gradients of the parameters that have a variance."""
         gradients = self._gradients(group)
-        if group["step"] >= group["var_freeze_step"]:
-            known.warn_of_others(gradients, reducers)
+        self._look_at_others(group, reducers, gradients)
         return known.of(gradients)
 
     def _advance(
-        self, group: Mapping[str, Any], reducers: GroupReducers, known: Known, reach: Reach
+        self,
+        group: Mapping[str, Any],
+        reducers: GroupReducers,
+        known: Known,
+        gradients: Sequence[Tensor | None],
+        reach: Reach,
+        indices: Sequence[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's next momenta, β₁·m + (1-β₁)·gᵢ, and their mean over the interval, in new tensors; 0 if dead."""
-        params, states = known.params, known.states
-        gradients = self._known_gradients(group, reducers, known)
-        values = [p.float() for p in params] if is_open(states) else fp32_values(params, states, group)
-        momenta = local_momenta([s["exp_avg"] for s in states], gradients, values, group)
-        dead = self._dead_of(reducers, [s["exp_avg_sq"] for s in states])
+        """This rank's next momenta, β₁·m + (1-β₁)·gᵢ, and their mean over the interval, in new tensors; 0 if dead.
+
+        Args:
+            gradients: as `_known_gradients` gives them.
+            indices: of those parameters for which it is asked.
+        """
+        within = is_open(known.states)
+        params, states = [known.params[i] for i in indices], [known.states[i] for i in indices]
+        values = [p.float() for p in params] if within else fp32_values(params, states, group)
+        momenta = local_momenta([s["exp_avg"] for s in states], [gradients[i] for i in indices], values, group)
+        dead = self._dead_of(reducers, [s["exp_avg_sq"] for s in known.states])
         if dead is not None:
-            for m, mask in zip(momenta, dead, strict=True):
-                m.masked_fill_(mask, 0.0)
-        if not is_open(states):
+            for m, i in zip(momenta, indices, strict=True):
+                m.masked_fill_(dead[i], 0.0)
+        if not within or not momenta:
             return momenta, momenta
-        return momenta, list(torch._foreach_lerp([s[MEAN] for s in states], momenta, reach.shares))
+        shares = [reach.shares[i] for i in indices]
+        return momenta, list(torch._foreach_lerp([s[MEAN] for s in states], momenta, shares))
 
     def _note(self, taken: Tensor) -> None:
         """A local step was taken, or this rank's contribution was left out; 0-dim bool, on any device."""
@@ -343,7 +369,8 @@ class _Local:
         self._known = known
         self._params, self._states = known.params, known.states
         self._reach = Reach.of(self._states, known.counts(), group)
-        self._momenta, self._means = optimizer._advance(group, reducers, known, self._reach)
+        gradients, all_of_them = optimizer._known_gradients(group, reducers, known), range(len(known.params))
+        self._momenta, self._means = optimizer._advance(group, reducers, known, gradients, self._reach, all_of_them)
         self._taken = bool(all_finite(self._means))
 
     def all_finite(self) -> Tensor:
@@ -412,25 +439,32 @@ class _Sync:
         self._group = group
         self._steps = steps
         self._params, self._states = known.params, known.states
-        states = self._states
-        self._reach = Reach.of(states, known.counts(), group, steps=steps)
-        means = optimizer._advance(group, reducers, known, self._reach)[1] if steps else [s[MEAN] for s in states]
-        masks = optimizer._dead_of(reducers, [s["exp_avg_sq"] for s in states])
-        self._work: CompressedWork = reducers.compressed(means, lambda: masks).start(means)
-        self._work.finish()
+        reach = self._reach = Reach.of(self._states, known.counts(), group, steps=steps)
+        gradients = optimizer._known_gradients(group, reducers, known) if steps else ()
+        variances = [s["exp_avg_sq"] for s in self._states]
+        masks = optimizer._dead_of(reducers, variances)
+
+        def means(indices: Sequence[int]) -> list[Tensor]:
+            if steps:
+                return optimizer._advance(group, reducers, known, gradients, reach, indices)[1]
+            return [known.states[i][MEAN] for i in indices]
+
+        reduce = reducers.compressed(variances, lambda: masks)
+        self._average = StagedAverage(reduce, variances, means, known.indices)
+        self.sending = self._average.sending
 
     def all_finite(self) -> Tensor:
-        return self._work.all_finite()
+        return self._average.all_finite()
 
     def undo(self) -> None:
-        self._work.undo()
+        self._average.undo()
 
     def commit(self) -> None:
         if not self._params:
             return
         group, states = self._group, self._states
         momenta = [s["exp_avg"] for s in states]
-        self._work.decode(momenta)
+        self._average.decode(momenta)
         starts = starts_of(states) if is_open(states) else fp32_values(self._params, states, group)
         sync_step(self._params, starts, momenta, [s["exp_avg_sq"] for s in states], self._reach, group["eps"])
         torch._foreach_add_([s["step"] for s in states], float(self._steps))
