@@ -97,7 +97,7 @@ def _columns_of(row: Mapping[str, Any]) -> Cells:
         seconds = {name: value for name, value in row["seconds"].items() if not name.endswith("again")}
         return {"compile cache": row["cache"], **{f"{name}, s": f"{value:.2f}" for name, value in seconds.items()}}
     cells = {"case": f"`{row['case']}`", "tensor": f"{view.elements(row['numel'])} {row['dtype']}"}
-    if row["wire_formula"]:
+    if row["wire_formula"] or row["wire_bytes"]:
         cells |= _wire(row)
     else:
         cells["bytes per element"] = f"{row['nbytes'] / row['numel']:.2f}"
@@ -108,7 +108,7 @@ def _columns_of(row: Mapping[str, Any]) -> Cells:
 
 def _wire(row: Mapping[str, Any]) -> Cells:
     """Bytes that one rank sends in one run."""
-    cells = {"wire bytes, formula": view.number(row["wire_formula"]), "counted": view.number(row["wire_bytes"])}
+    cells = {"wire bytes, formula": view.number(row["wire_formula"] or None), "counted": view.number(row["wire_bytes"])}
     if row["link_bytes"] is not None:
         cells["on the link"] = view.number(row["link_bytes"])
     return cells

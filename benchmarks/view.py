@@ -35,7 +35,7 @@ def _figures(row: Mapping[str, Any]) -> Cells:
         "p99 ms": f"{1e3 * time['p99']:.3f}",
         "algbw GB/s": f"{row['algbw']:.2f}",
     }
-    if row["wire_formula"]:
+    if row["wire_formula"] or row["wire_bytes"]:
         cells |= wire(row) | {"busbw GB/s": f"{row['wire_busbw']:.3f}"}
     return cells
 

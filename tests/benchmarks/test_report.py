@@ -73,3 +73,10 @@ def test_first_calls_have_a_table_of_their_own(document: Document, tmp_path: Pat
     assert "| compile cache | encode, s |" in page
     assert "| warm | 1.25 |" in page
     assert "priority: real-time" in page
+
+
+def test_what_was_sent_is_shown_where_no_formula_says_it(document: Document, tmp_path: Path) -> None:
+    rows = [{**row, "wire_formula": 0} for row in document["rows"] if row["case"] == "compressed"]
+    page = written({**document, "rows": rows}, tmp_path)
+    assert "| wire bytes, formula | counted |" in page
+    assert f"| - | {rows[0]['wire_bytes']:,} |" in page
