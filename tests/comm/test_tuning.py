@@ -16,7 +16,7 @@ from onebit.benchmarks.net import rank_on
 from onebit.comm import Backend, CompressedAllreduce, MismatchError, Tuning, make_backend, run_threads, tune, tuning
 from onebit.comm.auto import BucketMode
 from onebit.compress import SignCodec
-from tests.comm.launcher import run_ranks
+from tests.comm.launcher import needs_mpi, run_ranks
 
 NUMEL = 1 << 19
 
@@ -87,8 +87,9 @@ def test_all_ranks_know_the_same_and_measure_once() -> None:
     assert "256 elements: plain" in first
 
 
-def test_backends_of_one_process_group_share_the_measurement() -> None:
-    (first, before, after), other = run_ranks("gloo", 2, measured_in_a_process)
+@pytest.mark.parametrize("kind", ["gloo", pytest.param("mpi", marks=[pytest.mark.mpi, needs_mpi])])
+def test_backends_of_one_process_group_share_the_measurement(kind: str) -> None:
+    (first, before, after), other = run_ranks(kind, 2, measured_in_a_process)
     assert before == after
     assert other[0] == first
 
