@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--repeats", type=int, default=3, help="steps of one measurement")
     flags.add_argument("--output", type=Path, help="folder for the JSON result (none: no JSON)")
     options = flags.parse_args(arguments)
-    device = torch.device(options.device, int(os.environ["LOCAL_RANK"]) if options.device == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if options.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
