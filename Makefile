@@ -137,7 +137,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-com
 
 # pip would write the byte code of everything it installs. Using what the project uses writes the part that matters in half
 # the time, once, where otherwise each rank of the first run would do it.
-USED := import hypothesis, lightning, matplotlib.pyplot, numba, pytest, rich.progress, torch._dynamo, \
+USED := import hypothesis, matplotlib.pyplot, numba, pytest, pytorch_lightning, rich.progress, torch._dynamo, \
 	torch.distributed, tqdm, transformers.trainer; numba.njit(lambda: 0)()
 
 $(REQUIREMENTS): pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""A task made of real text: which installed package is a docstring from?"""
+"""A task made of real text: which installed package is a docstring's first paragraph from?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGES = ("torch", "sympy", "scipy", "sklearn", "matplotlib", "networkx")
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor"}
-FEWEST_WORDS, MOST_WORDS = 12, 60
+FEWEST_WORDS = 4
 HELD_OUT_SHARE = 0.4  # of the files
 
 Sample = tuple[str, int]  # text and number of its package
@@ -26,7 +26,7 @@ def load(train: int, held_out: int) -> tuple[list[Sample], list[Sample]]:
     for label, package in enumerate(PACKAGES):
         wanted = [train, held_out]
         for path, tested in _files(package):
-            for text in _texts(path) if wanted[tested] else ():
+            for text in _paragraphs(path) if wanted[tested] else ():
                 if wanted[tested] and text not in seen:
                     seen.add(text)
                     parts[tested].append((text, label))
@@ -51,10 +51,10 @@ def _files(package: str) -> Iterator[tuple[Path, bool]]:
         yield hashed[digest], digest[-1] < HELD_OUT_SHARE * 256
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """The beginnings of a file's docstrings, each in one line."""
+def _paragraphs(path: Path) -> Iterator[str]:
+    """The first paragraphs of a file's docstrings, each in one line."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
-            words = (ast.get_docstring(node) or "").split()
+            words = (ast.get_docstring(node) or "").partition("\n\n")[0].split()
             if len(words) >= FEWEST_WORDS:
-                yield " ".join(words[:MOST_WORDS])
+                yield " ".join(words)

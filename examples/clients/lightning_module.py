@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import lightning
+import pytorch_lightning as lightning
 import torch
 from task import Classifier, Points, report
 from torch import Tensor

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "clients"))
 
-import lightning
+import pytorch_lightning as lightning
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
