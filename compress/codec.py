@@ -387,7 +387,7 @@ def _check_aligned(payloads: Tensor, operation: str) -> None:
         )
 
 
-def _checked_numel(numel: int, operation: str) -> int:
+def _checked_numel(numel: object, operation: str) -> int:
     if type(numel) is not int or numel < 0:
         raise InputError(f"{operation}: numel must be an int and not be negative, got {numel!r}")
     return numel
