@@ -35,6 +35,7 @@ def test_two_ranks_end_every_step_with_the_bits_of_the_unwrapped_model(optimizer
             assert (wrapped.phases, wrapped.skipped) == (alone.phases, alone.skipped), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_three_ranks_stay_equal_and_warm_up_as_the_unwrapped_model_does(optimizer: str) -> None:
     first, *others = seen(optimizer, 3)
