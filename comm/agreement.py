@@ -80,8 +80,11 @@ def _gather_bytes(backend: Backend, content: bytes, size: int) -> list[bytes]:
     sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     sent = _on_device(backend, sent)
     received = sent.new_empty(backend.size * size)
-    backend.all_gather(received, sent).wait()
-    return [bytes(row.tolist()) for row in received.cpu().view(backend.size, size)]
+    with backend.limited("all_gather"):
+        backend.all_gather(received, sent).wait()
+        received = received.cpu()
+    backend.check()
+    return [bytes(row.tolist()) for row in received.view(backend.size, size)]
 
 
 def _on_device(backend: Backend, tensor: Tensor) -> Tensor:

@@ -258,8 +258,9 @@ class Backend(ABC):
 
     def barrier(self) -> None:
         """Return when every rank has called it; TransportError after the timeout."""
-        with self.guard("barrier"):
+        with self.guard("barrier"), self.limited("barrier"):
             self._barrier()
+        self.check()
 
     @property
     def sound(self) -> bool:

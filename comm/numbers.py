@@ -19,6 +19,8 @@ def gather_numbers(backend: Backend, values: Sequence[float]) -> list[list[float
         return [list(values)]
     mine = torch.tensor(values, dtype=torch.float64, device=backend.device_type or "cpu")
     everyone = mine.new_empty(backend.size * mine.numel())
-    backend.all_gather(everyone, mine).wait()
-    rows: list[list[float]] = everyone.view(backend.size, -1).tolist()
+    with backend.limited("all_gather"):
+        backend.all_gather(everyone, mine).wait()
+        rows: list[list[float]] = everyone.view(backend.size, -1).tolist()
+    backend.check()
     return rows
