@@ -8,6 +8,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from onebit.comm import InputError
 from onebit.comm.ddp import attach
 from onebit.optim import CompressedOptimizer, checkpoint, clip_grad_norm_
 
@@ -15,7 +16,7 @@ from onebit.optim import CompressedOptimizer, checkpoint, clip_grad_norm_
 class OnebitCallback(TrainerCallback):
     """Attaches the optimizer to the wrapped model, clips by one factor on all ranks, and saves every rank's state.
 
-    The Trainer's own clipping must be off, ``max_grad_norm=0``: after the freeze each rank would clip by its own norm.
+    The Trainer's own clipping must be off, ``TrainingArguments(max_grad_norm=0)``.
     The Trainer's checkpoints hold the optimizer of rank 0 alone; a folder ``onebit`` in each of them holds all ranks'.
     """
 
@@ -29,6 +30,11 @@ class OnebitCallback(TrainerCallback):
         return optimizer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.max_grad_norm:
+            raise InputError(
+                f"the Trainer would clip every rank by a factor of its own, max_grad_norm={args.max_grad_norm}; set "
+                "TrainingArguments(max_grad_norm=0), as OnebitCallback(trainer, max_grad_norm=...) clips by one for all"
+            )
         wrapped = self._trainer.model_wrapped
         if isinstance(wrapped, DistributedDataParallel) and self._optimizer.averager is None:  # train() may come again
             attach(wrapped, self._optimizer)

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from lightning_module import Module
 from task import Classifier, Points
 from torch.utils.data import DataLoader
+from trainer_callback import OnebitCallback
 from transformers import Trainer, TrainingArguments
 
 from onebit.comm import OnebitError
@@ -72,7 +73,9 @@ def two_optimizers_under_accelerate() -> None:
         step(inner, accelerator.prepare(optimizer))
 
 
-def hugging_face_trainer(attached: bool) -> Callable[[], None]:
+def hugging_face_trainer(*, attached: bool = False, callback: bool = False) -> Callable[[], None]:
+    """A Trainer as it is without further arguments: it clips."""
+
     def train() -> None:
         arguments = TrainingArguments(
             output_dir=sys.argv[1], max_steps=2, use_cpu=True, save_strategy="no", disable_tqdm=True, report_to="none"
@@ -82,6 +85,8 @@ def hugging_face_trainer(attached: bool) -> Callable[[], None]:
         trainer = Trainer(model, arguments, train_dataset=Points(train=False), optimizers=(optimizer, None))
         if attached:
             attach(trainer.model_wrapped, optimizer)
+        if callback:
+            trainer.add_callback(OnebitCallback(trainer, max_grad_norm=1.0))
         trainer.train()
 
     return train
@@ -116,8 +121,9 @@ MISTAKES: dict[str, Callable[[], None]] = {
     "Accelerate, its wrapper attached": accelerates_wrapper_attached,
     "optimizer of another model": optimizer_of_another_model,
     "two optimizers": two_optimizers_under_accelerate,
-    "Trainer without attach": hugging_face_trainer(attached=False),
+    "Trainer without attach": hugging_face_trainer(),
     "Trainer, attached before it wraps": hugging_face_trainer(attached=True),
+    "Trainer that clips": hugging_face_trainer(callback=True),
     "Lightning without attach": lightning_trainer("none"),
     "Lightning, attached before it wraps": lightning_trainer("configure_optimizers"),
 }

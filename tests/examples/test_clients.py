@@ -58,6 +58,7 @@ MENDS = {  # what the message says to do
     "two optimizers": "give every parameter to one optimizer",
     "Trainer without attach": r"call onebit\.comm\.ddp\.attach\(model, optimizer\)",
     "Trainer, attached before it wraps": "where .* the Trainer .* wraps the model, call it once they have",
+    "Trainer that clips": r"set TrainingArguments\(max_grad_norm=0\)",
     "Lightning without attach": r"call onebit\.comm\.ddp\.attach\(model, optimizer\)",
     "Lightning, attached before it wraps": "where .* Lightning wraps the model, call it once they have",
 }
