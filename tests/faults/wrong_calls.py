@@ -114,9 +114,15 @@ class Tally:
 
 
 @functools.cache
+def _place() -> tempfile.TemporaryDirectory[str]:
+    """Where this process keeps its files until it ends."""
+    return tempfile.TemporaryDirectory(prefix="onebit-wrong-calls-")
+
+
+@functools.cache
 def _saved(kind: str) -> tuple[Backend, dict[str, Any], list[Tensor], Path]:
     """What rank 0 of two has after training: its backend, state, parameters, and a folder with the files of both."""
-    folder = Path(tempfile.mkdtemp(prefix="onebit-wrong-calls-"))
+    folder = Path(tempfile.mkdtemp(dir=_place().name))
 
     def train(backend: Backend) -> tuple[Backend, dict[str, Any], list[Tensor], Path]:
         optimizer = KINDS[kind].make(backend)
@@ -297,7 +303,7 @@ def checkpoint_file(draw: Draw) -> Call:
     """`checkpoint.load` of files of which one is truncated or has wrong bits, on both ranks."""
     kind = draw(st.sampled_from(sorted(TRAINED)))
     paths = sorted(_saved(kind)[3].iterdir())
-    place, guilty = Path(tempfile.mkdtemp(prefix="onebit-wrong-calls-")), draw(st.integers(0, 1))
+    place, guilty = Path(tempfile.mkdtemp(dir=_place().name)), draw(st.integers(0, 1))
     for path in paths:
         (place / path.name).write_bytes(path.read_bytes())
     content = bytearray(paths[guilty].read_bytes())
@@ -328,9 +334,9 @@ def checkpoint_file(draw: Draw) -> Call:
 def checkpoint_call(draw: Draw) -> Call:
     """`checkpoint.save` of what cannot be saved, or to where no folder can be; `load` from no folder."""
     optimizer, _ = _trained(draw)
-    with tempfile.NamedTemporaryFile(prefix="onebit-wrong-calls-", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=_place().name, delete=False) as file:
         pass
-    folder = tempfile.mkdtemp(prefix="onebit-wrong-calls-")
+    folder = tempfile.mkdtemp(dir=_place().name)
     cases: list[Callable[[], object]] = [
         lambda: checkpoint.save(folder, optimizer, what=Path("x")),
         lambda: checkpoint.save(folder, optimizer, what=io.BytesIO()),
