@@ -39,7 +39,8 @@ class Overlap:
     """What ``overlap=True`` adds to an optimizer.
 
     A first step is made as without it: ranks agree, and rank 0 tells the order in which its gradients became ready, by
-    which buckets are sent from then on. With one rank nothing is hooked into anything.
+    which buckets are sent from then on. With one rank nothing is sent. Ranks that are threads share one thread for the
+    backward of a GPU, where one would wait for the other; there nothing is sent before `step`.
 
     Args:
         optimizer: whose it is; not kept alive by this.
@@ -137,7 +138,7 @@ class Overlap:
         place = self._places[p]
         if not optimizer._agreed or self._order is None:
             self._arrived.append(place)
-        elif optimizer.backend.size > 1:
+        elif optimizer.backend.size > 1 and not (p.is_cuda and optimizer.backend.name == "threads"):
             if p.grad is not None and p.grad.layout is not torch.strided:
                 self._refuse_sparse(optimizer)
             self._advance(optimizer, self._order, p, place)

@@ -57,7 +57,8 @@ def batch(rank: int, number: int, bad: bool = False) -> Tensor:
 
 def backward(network: Network, rank: int, number: int, bad: bool = False) -> None:
     """Of one batch; whether the side branch is used depends on the rank."""
-    loss = network(batch(rank, number, bad).to(network.scale.dtype), side=(rank + number) % 3 != 0)
+    x = batch(rank, number, bad).to(network.scale)
+    loss = network(x, side=(rank + number) % 3 != 0)
     loss.backward()
 
 
@@ -100,6 +101,7 @@ def train(
     bad: tuple[int, ...] = (),
     reload_at: int | None = None,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> list[Seen]:
     """Train on one rank; returns what was seen after each step.
 
@@ -108,7 +110,7 @@ def train(
         bad: steps in which the last rank's input is infinite.
         reload_at: the step before which the optimizer is replaced by one that loads its state from a file.
     """
-    network = Network(dtype)
+    network = Network(dtype).to(device)
     optimizer = make(name, network, backend, overlap, **options)
     seen = []
     for number in range(steps):
