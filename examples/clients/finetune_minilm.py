@@ -38,15 +38,21 @@ LONGEST = 48  # tokens
 def main() -> None:
     options = parse()
     rows = list(compare(options))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ["RANK"]) == 0:
         for name in ("adamw", "onebit-adam"):
             shares = [row["accuracy"] for row in rows if row["optimizer"] == name]
             print(f"{name}: mean accuracy {sum(shares) / len(shares):.4f}")
         if options.output is not None:
-            run = {"name": "finetune-minilm", "ranks": int(os.environ.get("WORLD_SIZE", "1")), "task": PACKAGES}
-            settings = {"learning_rate": LEARNING_RATE, "warmup": WARMUP, "freeze": FREEZE, "clip": CLIP}
-            chosen = {key: value for key, value in vars(options).items() if key != "output"}
-            print(record.save(record.make("finetune-minilm", run | settings | chosen, rows), options.output))
+            print(record.save(document(options, rows), options.output))
+
+
+def document(options: argparse.Namespace, rows: list[dict[str, Any]]) -> record.Document:
+    """All rows, and how they came about."""
+    run = {"ranks": int(os.environ["WORLD_SIZE"]), "task": PACKAGES}
+    recipe = {"learning_rate": LEARNING_RATE, "warmup": WARMUP, "freeze": FREEZE, "clip": CLIP}
+    chosen = {key: value for key, value in vars(options).items() if key != "output"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return record.make("finetune-minilm", run | recipe | chosen, rows, device)
 
 
 def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
