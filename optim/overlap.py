@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from onebit.optim.base import CompressedOptimizer
 
-# MiB of fp32 per bucket. What is sent last is not hidden, so buckets are small; but each costs two collectives.
-BUCKET_MB = {"cpu": 4.0, "cuda": 64.0}
+# MiB of fp32 per bucket. What is sent last is not hidden; but ranks wait for each other twice in every bucket.
+BUCKET_MB = {"cpu": 12.0, "cuda": 64.0}
 
 
 # Whose hook on a parameter acts: that of the latest optimizer, for one before it may still be alive.
