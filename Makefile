@@ -97,6 +97,11 @@ bench-nccl: setup ## the same over NCCL, on NP GPUs
 bench-net: setup ## averages between HOSTS network namespaces, over links of RATE with a DELAY; needs root
 	$(BIN)/python -m onebit.benchmarks.net --rate $(RATE) --hosts $(HOSTS) $(if $(DELAY),--delay $(DELAY)) --plot
 
+.PHONY: bench-train
+bench-train: setup ## train a transformer by AdamW and by 1-bit optimizers, HOSTS namespaces, links of RATE; SHORT=6: time steps only
+	$(BIN)/python -m onebit.benchmarks.train --rate $(RATE) --hosts $(HOSTS) --plot \
+		$(if $(STEPS),--steps $(STEPS)) $(if $(SHORT),--short $(SHORT))
+
 .PHONY: bench-report
 bench-report: setup ## write the tables and plots of docs/benchmarks.md from the JSON results
 	$(BIN)/python -m onebit.benchmarks.report

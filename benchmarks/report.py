@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onebit.benchmarks import console, plot, record, view
+from onebit.benchmarks import console, plot, record, training_view, view
 from onebit.benchmarks.view import Cells
 
 SECTION = re.compile(
@@ -41,7 +41,7 @@ def fill(page: str, found: Mapping[str, Sequence[record.Document]]) -> str:
     """`page` with every marked section made anew; a section without results keeps what it has."""
 
     def section(match: re.Match[str]) -> str:
-        blocks = [_block(result, _is_drawn(result, match)) for result in found.get(match["name"], ())]
+        blocks = [_block(result, found, _is_drawn(result, match)) for result in found.get(match["name"], ())]
         if not blocks:
             return match[0]
         return "\n".join([match[0].partition("\n")[0], "\n\n".join(blocks), "<!-- end -->"])
@@ -54,21 +54,30 @@ def draw(page: str, found: Mapping[str, Sequence[record.Document]], folder: Path
     for match in SECTION.finditer(page):
         for result in found.get(match["name"], ()):
             if _is_drawn(result, match):
-                plot.draw(result, folder / _picture(result), match["role"])
+                if training_view.is_drawn(result):
+                    training_view.draw(result, folder / _picture(result))
+                else:
+                    plot.draw(result, folder / _picture(result), match["role"])
 
 
 def _is_drawn(result: record.Document, mark: re.Match[str]) -> bool:
-    return bool(plot.sweeps(result["rows"])) or (mark["plot"] is not None and plot.pictured(result, mark["role"]))
+    if mark["plot"] is None:
+        return bool(plot.sweeps(result["rows"]))
+    return training_view.is_drawn(result) or plot.pictured(result, mark["role"])
 
 
 def _picture(result: record.Document) -> str:
     return f"benchmarks-{result['kind']}-{result['name']}.png"
 
 
-def _block(result: record.Document, drawn: bool) -> str:
+def _block(result: record.Document, found: Mapping[str, Sequence[record.Document]], drawn: bool) -> str:
     """A caption, a table, where the time of the last row with stages, the largest size, went, and a picture."""
-    rows = [_columns_of(row) for row in result["rows"]]
-    shares = [_shares(row) for row in result["rows"] if row.get("stages")]
+    if training_view.is_training(result):
+        rows = training_view.cells(result, training_view.whole_run(result, found))
+        shares = [f"{training_view.title(result)}."]
+    else:
+        rows = [_columns_of(row) for row in result["rows"]]
+        shares = [_shares(row) for row in result["rows"] if row.get("stages")]
     picture = f"![{result['name']} on {result['kind']}]({_picture(result)})"
     return "\n\n".join([_caption(result), _markdown(rows), *shares[-1:], *[picture] * drawn])
 
