@@ -33,6 +33,7 @@ class Run:
         batch: samples per step, of all ranks together, so that any number of ranks sees the same ones.
         warmup: share of the steps that are warm-up of a 1-bit optimizer; the learning rate warms up in half of them.
         lr: the peak learning rate.
+        doubling: share of the steps after which the gaps between meetings of 0/1 Adam's ranks double.
         beta2: for Adam such that a variance frozen after warm-up has forgotten the first steps; for LAMB larger, for
             OnebitLamb's factor is a maximum over entries and sees what chance there is in a short mean.
         clip: bound of the gradients' norm, 0 for none. Ranks agree on one factor, except in ZeroOneAdam, where they do
@@ -51,6 +52,7 @@ class Run:
     lr: float
     weight_decay: float
     warmup: float = 0.15
+    doubling: float = 1 / 6
     beta2: float
     eps: float = 1e-6
     clip: float = 0.0
@@ -102,6 +104,7 @@ RECIPES = {
             "batch": 16,
             "weight_decay": 0.1,
             "clip": 1.0,
+            "doubling": 0.4,  # about as fast as the learning rate halves, as published
             "width": 896,
             "layers": 13,
             "heads": 14,

@@ -168,7 +168,7 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter], backend: Backend) -
             **common,
             var_freeze_step=run.freeze_step,
             var_update_scaler=max(16, run.freeze_step // 5),  # half of a short warm-up's steps, or v lags behind
-            local_step_scaler=max(1, run.steps // 6),  # ranks meet in less than half of the steps, as published
+            local_step_scaler=max(1, round(run.doubling * run.steps)),
             backend=backend,
         )
     if run.optimizer == "onebit-lamb-steady":
