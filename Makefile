@@ -102,6 +102,16 @@ bench-train: setup ## train a transformer by AdamW and by 1-bit optimizers, HOST
 	$(BIN)/python -m onebit.benchmarks.train --rate $(RATE) --hosts $(HOSTS) --plot \
 		$(if $(STEPS),--steps $(STEPS)) $(if $(SHORT),--short $(SHORT))
 
+# SOCKETS=1: what hosts on an Ethernet have, TCP in place of the GPUs' own links.
+SOCKETS_ONLY := NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket
+
+.PHONY: bench-train-gpu
+bench-train-gpu: setup ## on NP GPUs, a GPT of 124 M parameters: averages of 124 Mi numbers, and steps; SOCKETS=1: over TCP
+	$(if $(SOCKETS),$(SOCKETS_ONLY)) $(TORCHRUN) -m onebit.benchmarks --backend nccl --cases collectives \
+		-b 496M -e 496M --name nccl-$(NP)-124Mi$(if $(SOCKETS),-sockets) \
+		--link '$(if $(SOCKETS),TCP sockets,own links)' --output benchmarks/results
+	$(if $(SOCKETS),$(SOCKETS_ONLY)) $(TORCHRUN) -m onebit.benchmarks.overlap --batch 4
+
 .PHONY: bench-report
 bench-report: setup ## write the tables and plots of docs/benchmarks.md from the JSON results
 	$(BIN)/python -m onebit.benchmarks.report

@@ -13,6 +13,12 @@ from onebit.comm.backend import Backend
 TORCH_BACKENDS = ("gloo", "nccl")
 
 
+def nccl_sockets() -> bool:
+    """Whether NCCL was told to use TCP sockets in place of the GPUs' own links, as between hosts on an Ethernet."""
+    told = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket"}
+    return all(os.environ.get(name) == value for name, value in told.items())
+
+
 def join(name: str | None, init_method: str | None = None) -> Backend:
     """This process's end of the group that torchrun, mpiexec or `onebit.benchmarks.launch` started it in.
 

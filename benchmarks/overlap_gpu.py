@@ -1,4 +1,4 @@
-"""Training steps of a GPT of 124 M parameters on GPUs: 1-bit Adam with and without overlap, and DDP with fused AdamW.
+"""Training steps of a GPT of 124 M parameters on GPUs: 1-bit Adam by itself and in DDP, and DDP with fused AdamW.
 
 Started by `torchrun --nproc-per-node 4 -m onebit.benchmarks.overlap` in a checkout, which has the model.
 """
@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from onebit.benchmarks.group import join
+from onebit.benchmarks.group import join, nccl_sockets
 from onebit.benchmarks.overlap import AFTER, DURING, WARM_UP, row, save
 from onebit.benchmarks.turns import ratio, timed_in_turns
+from onebit.comm.ddp import attach
 from onebit.comm.numbers import gather_numbers
 from onebit.optim import OnebitAdam
 
 DDP = "step, DDP and AdamW(fused=True)"
+ATTACHED = "step, DDP and attach"
 VOCABULARY, CONTEXT = 50304, 1024
 EACH = 4  # steps of one measurement
 
@@ -47,6 +49,9 @@ def run(options: argparse.Namespace) -> int:
     for size in options.bucket_mb or [None]:
         made[DURING if size is None else f"{DURING}, bucket_mb={size:g}"] = ours(True, size)
     wrapped = DistributedDataParallel(_model(device), device_ids=[device.index], gradient_as_bucket_view=True)
+    inner, attached = ours(False)
+    made[ATTACHED] = (DistributedDataParallel(inner, device_ids=[device.index], gradient_as_bucket_view=True), attached)
+    attach(made[ATTACHED][0], attached)
     made[DDP] = (wrapped, torch.optim.AdamW(wrapped.parameters(), lr=1e-4, fused=True))
     compiled = {
         name: (torch.compile(model) if options.compile else model, optimizer)
@@ -57,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
         for step in steps.values():
             step()
     seconds = timed_in_turns(steps, backend, options.iters, EACH)
-    sums = {name: _sums(model) for name, (model, _) in made.items() if name != DDP}
+    # DDP sums in another order than the optimizer, so what is attached to it has bits of its own.
+    sums = {name: _sums(model) for name, (model, _) in made.items() if name not in (DDP, ATTACHED)}
     everywhere = gather_numbers(backend, [number for found in sums.values() for number in found])
     equal = len({tuple(found) for found in everywhere}) == 1 and all(s == sums[AFTER] for s in sums.values())
     numel = sum(p.numel() for p in made[DDP][0].parameters())
@@ -65,18 +71,19 @@ def run(options: argparse.Namespace) -> int:
         figures: dict[str, Any] = {
             "ranks": backend.size,
             "backend": "nccl",
-            "link": "the GPUs' own links",
+            "link": "TCP sockets" if nccl_sockets() else "the GPUs' own links",
             "phase": options.phase,
             "iterations": options.iters,
             "tokens per rank": batch * CONTEXT,
             "compiled": options.compile,
-            "buckets": {name: list(optimizer.overlapped) for name, (_, optimizer) in made.items() if name != DDP},
+            "buckets": {name: list(optimizer.overlapped) for name, (_, optimizer) in made.items() if name in sums},
             "time over DDP": {name: ratio(seconds[name], seconds[DDP]) for name in steps if name != DDP},
             "time over overlap=False": {name: ratio(seconds[name], seconds[AFTER]) for name in steps if name != AFTER},
             "bit-equal": equal,
         }
         rows = [row(name, numel, times) for name, times in seconds.items()]
-        save(f"overlap-{options.phase}-{backend.size}", figures, rows, options.output, "cuda")
+        sockets = "-sockets" if nccl_sockets() else ""
+        save(f"overlap-{options.phase}-{backend.size}{sockets}", figures, rows, options.output, "cuda")
     torch.distributed.destroy_process_group()
     return 0 if equal else 1
 
