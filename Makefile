@@ -112,8 +112,12 @@ bench-train-gpu: setup ## on NP GPUs, a GPT of 124 M parameters: averages of 124
 		--link '$(if $(SOCKETS),TCP sockets,own links)' --output benchmarks/results
 	$(if $(SOCKETS),$(SOCKETS_ONLY)) $(TORCHRUN) -m onebit.benchmarks.overlap --batch 4
 
+.PHONY: bench-scaling
+bench-scaling: setup ## fit the scale model to the JSON results; write the tables and plots of docs/scaling.md
+	$(BIN)/python -m onebit.benchmarks.scaling
+
 .PHONY: bench-report
-bench-report: setup ## write the tables and plots of docs/benchmarks.md from the JSON results
+bench-report: bench-scaling ## write the tables and plots of docs/benchmarks.md, too, from the JSON results
 	$(BIN)/python -m onebit.benchmarks.report
 
 .PHONY: bench-adam

@@ -79,7 +79,7 @@ def _block(result: record.Document, found: Mapping[str, Sequence[record.Document
         rows = [_columns_of(row) for row in result["rows"]]
         shares = [_shares(row) for row in result["rows"] if row.get("stages")]
     picture = f"![{result['name']} on {result['kind']}]({_picture(result)})"
-    return "\n\n".join([_caption(result), _markdown(rows), *shares[-1:], *[picture] * drawn])
+    return "\n\n".join([_caption(result), markdown(rows), *shares[-1:], *[picture] * drawn])
 
 
 def _shares(row: Mapping[str, Any]) -> str:
@@ -123,7 +123,7 @@ def _wire(row: Mapping[str, Any]) -> Cells:
     return cells
 
 
-def _markdown(rows: list[Cells]) -> str:
+def markdown(rows: list[Cells]) -> str:
     """A table in Markdown."""
     names = view.columns(rows)
     lines = [names, ["---"] + ["---:"] * (len(names) - 1), *([row.get(name, "") for name in names] for row in rows)]
