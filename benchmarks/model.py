@@ -31,6 +31,7 @@ class Host:
         served: per element of a rank's own chunk, to average and encode it.
         payload: per element of a rank's own chunk and rank, to read its payload.
         share: ranks per processor, at least 1; all of the above take so many times as long.
+        ahead: calls are made while a device still works at what came before, so only the longer of both counts.
     """
 
     message: float
@@ -40,6 +41,7 @@ class Host:
     served: float
     payload: float = 0.0
     share: float = 1.0
+    ahead: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +87,13 @@ def compressed(host: Host, wire: Wire, ranks: int, numel: int, bucket: int = 1 <
     bucket: elements that travel together.
     """
     buckets = math.ceil(numel / bucket)
-    per_bucket = host.call + 2 * (ranks - 1) * host.message
+    calls, messages = buckets * host.call, buckets * 2 * (ranks - 1) * host.message
     nbytes = compressed_bytes(ranks, numel)
     moved = max(host.share * host.byte * nbytes, wire.seconds(nbytes))
     kernels = host.share * (host.element * numel + host.served * numel / ranks + host.payload * numel)
     longer, shorter = max(moved, kernels), min(moved, kernels)
-    return host.share * buckets * per_bucket + 2 * wire.latency + longer + shorter / buckets
+    rest = host.share * messages + 2 * wire.latency + longer + shorter / buckets
+    return max(host.share * calls, rest) if host.ahead else host.share * calls + rest
 
 
 def two_level(

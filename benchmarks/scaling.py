@@ -56,6 +56,7 @@ def gpu_host(kernels: Document, averages: Document) -> Host:
         element=encode + decode,
         served=two - 2 * payload,
         payload=payload,
+        ahead=True,
     )
 
 

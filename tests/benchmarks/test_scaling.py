@@ -67,6 +67,14 @@ def test_a_burst_is_free_and_no_more() -> None:
     assert WIRE.seconds(1e7) - wire.seconds(1e7) == pytest.approx(1e6 / 1.25e8)
 
 
+def test_calls_made_ahead_of_a_device_count_only_where_they_are_longer() -> None:
+    device = replace(HOST, ahead=True, message=0.0)
+    assert compressed(device, Wire(), 2, 1024) == device.call
+    free = replace(device, call=0.0)
+    assert compressed(device, Wire(), 2, 1 << 24) == compressed(free, Wire(), 2, 1 << 24)
+    assert compressed(replace(device, ahead=False), Wire(), 2, 1 << 24) > compressed(free, Wire(), 2, 1 << 24)
+
+
 def test_a_chunk_is_one_block_at_least_so_large_groups_send_more() -> None:
     assert compressed_bytes(1 << 14, 1 << 20) == 2 * ((1 << 14) - 1) * 132
     assert compressed_bytes(1 << 14, 1 << 20) > compressed_bytes(1 << 10, 1 << 20)
