@@ -100,7 +100,7 @@ bench-net: setup ## averages between HOSTS network namespaces, over links of RAT
 .PHONY: bench-train
 bench-train: setup ## train a transformer by AdamW and by 1-bit optimizers, HOSTS namespaces, links of RATE; SHORT=6: time steps only
 	$(BIN)/python -m onebit.benchmarks.train --rate $(RATE) --hosts $(HOSTS) --plot \
-		$(if $(STEPS),--steps $(STEPS)) $(if $(SHORT),--short $(SHORT))
+		$(if $(STEPS),--steps $(STEPS)) $(if $(EXACT),--exact $(EXACT)) $(if $(SHORT),--short $(SHORT))
 
 # SOCKETS=1: what hosts on an Ethernet have, TCP in place of the GPUs' own links.
 SOCKETS_ONLY := NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket

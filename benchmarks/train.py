@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_argument("--rate", help="speed of the links, as tc writes it: 1gbit; without it: the loopback interface")
     flags.add_argument("--hosts", type=int, default=2, help="how many; more than two are joined by a switch")
     flags.add_argument("--steps", type=int, default=400, help="steps of each contender")
+    flags.add_argument("--exact", type=int, help="first steps, averaged exactly (default: a quarter of all)")
     flags.add_argument("--short", type=int, metavar="K", help="do not learn: time about K steps of each kind")
     flags.add_argument("--batch", type=int, default=1, help="windows per rank and step")
     flags.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
