@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ def batch(rank: int, number: int, rows: int = 16) -> tuple[Tensor, Tensor]:
     """One rank's inputs of one step, and what a fixed map makes of them."""
     x = values(5, rank, number, shape=(rows, 12))
     return x, torch.tanh(x @ values(6, shape=(12, 3)))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread: the last bit of a product depends on how many share it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def loss_of(model: Callable[[Tensor], Tensor], rank: int, number: int, rows: int = 16) -> Tensor:

@@ -12,9 +12,21 @@ from onebit.comm import Backend
 from onebit.optim import clip_grad_norm_
 from tests.comm.launcher import MPI, run_ranks
 from tests.comm.samples import bits
-from tests.optim.loops import KINDS, STEPS, WARM_UP, assert_equal_on_ranks, backward, loss_of, make, network, settled
+from tests.optim.loops import (
+    KINDS,
+    STEPS,
+    WARM_UP,
+    assert_equal_on_ranks,
+    backward,
+    loss_of,
+    make,
+    network,
+    one_thread,
+    settled,
+)
 
 
+@one_thread()
 def everything(backend: Backend, kind: str) -> Any:
     """What one rank ends with: parameters, their average, the learning rate of every step and the clipped norms."""
     model = network()

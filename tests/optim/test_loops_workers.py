@@ -13,7 +13,7 @@ from onebit.comm import Backend
 from onebit.compress import SignCodec
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import bits
-from tests.optim.loops import KINDS, STEPS, assert_equal_on_ranks, backward, batch, make, network, settled
+from tests.optim.loops import KINDS, STEPS, assert_equal_on_ranks, backward, batch, make, network, one_thread, settled
 
 ROWS = 8
 LIMIT = 40.0  # seconds that a worker may take for a batch; one that hangs takes any time
@@ -33,6 +33,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         return SignCodec().decode(SignCodec().encode(x), torch.empty_like(x)), y
 
 
+@one_thread()
 def train(backend: Backend, kind: str, start: str | None) -> list[bytes]:
     """Train an epoch and a half with new workers for each epoch, or none; returns the parameters."""
     SignCodec().encode(torch.ones(8))  # kernels and threads are there before the first worker is
