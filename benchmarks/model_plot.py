@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from onebit.benchmarks.figure import empty_figure
 from onebit.benchmarks.model import Host, Wire, compressed, plain, two_level
 
 RANKS = tuple(2**power for power in range(1, 15))
@@ -55,7 +55,7 @@ def stops_scaling(host: Host, gbit: float, numel: int) -> int | None:
 
 def draw_break_even(host: Host, path: Path) -> Path:
     """Write, for each number of parameters, how many times as fast compressed is, over links and ranks; a PNG."""
-    figure = _figure(9.2, 6.4)
+    figure = empty_figure(9.2, 6.4)
     for axes, numel in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, NUMELS, strict=True):
         gains = np.array([[gain(host, rate, ranks, numel) for rate in RATES] for ranks in RANKS])
         axes.contourf(RATES, RANKS, gains, levels=[0, 1, 2, 5, 10, 20, 32], cmap="YlGnBu", extend="max")
@@ -72,7 +72,7 @@ def draw_break_even(host: Host, path: Path) -> Path:
 
 def draw_scaling(host: Host, numel: int, rates: Sequence[float], path: Path) -> Path:
     """Write seconds of an average over the number of ranks, one panel for each rate; a PNG."""
-    figure = _figure(9.2, 3.6)
+    figure = empty_figure(9.2, 3.6)
     for axes, rate in zip(figure.subplots(1, len(rates), sharey=True), rates, strict=True):
         grouped = [ranks for ranks in RANKS if ranks >= 2 * ON_HOST]
         curves = {
@@ -93,19 +93,6 @@ def draw_scaling(host: Host, numel: int, rates: Sequence[float], path: Path) -> 
     figure.suptitle("Model", fontsize=10)
     figure.savefig(path, dpi=120)
     return path
-
-
-def _figure(width: float, height: float) -> Any:
-    """An empty one.
-
-    Raises:
-        SystemExit: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SystemExit('plots need the package "matplotlib": pip install "onebit[bench]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def rate_text(gbit: float | None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onebit.benchmarks import console, record
+from onebit.benchmarks.figure import empty_figure
 from onebit.benchmarks.record import Document
 from onebit.benchmarks.view import elements
 
@@ -48,13 +49,9 @@ def draw(result: Document, path: Path, role: str | None = None) -> Path:
     Raises:
         SystemExit: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SystemExit('plots need the package "matplotlib": pip install "onebit[bench]"') from error
     swept, bars = sweeps(result["rows"]), ratios(result["rows"], role)
     height = 3.6 if swept else 1.0 + 0.22 * len(bars)
-    figure = Figure(figsize=(9.2 if swept else 7.0, height), layout="constrained")
+    figure = empty_figure(9.2 if swept else 7.0, height)
     if swept:
         times, faster = figure.subplots(1, 2)
         _draw_times(times, swept)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onebit.benchmarks.contenders import PLAIN
+from onebit.benchmarks.figure import empty_figure
 from onebit.benchmarks.plot import LINES
 from onebit.benchmarks.record import Document
 from onebit.benchmarks.training import ALONE, estimate
@@ -126,11 +127,7 @@ def draw(result: Document, path: Path) -> Path:
     Raises:
         SystemExit: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SystemExit('plots need the package "matplotlib": pip install "onebit[bench]"') from error
-    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    figure = empty_figure(7.0, 3.6)
     axes = figure.subplots()
     drawn = [row for row in result["rows"] if "held_out" in row]
     for color, row in zip(LINES, drawn, strict=False):

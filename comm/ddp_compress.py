@@ -16,6 +16,7 @@ from onebit.comm.registry import make_backend
 from onebit.comm.residual import Residual
 from onebit.comm.stats import Stats
 from onebit.compress import SignCodec
+from onebit.compress.codec import as_codec
 
 BUCKET_MB = 25.0  # DDP's own: what its gradients arrive in
 
@@ -49,7 +50,7 @@ class CompressedHook:
         self, model: DistributedDataParallel, codec: SignCodec | None = None, *, bucket_mb: float | None = None
     ) -> None:
         self.model = model
-        self._codec = SignCodec() if codec is None else codec
+        self._codec = as_codec(codec)
         self._bucket_mb = bucket_mb_for([], BUCKET_MB if bucket_mb is None else bucket_mb)
         self._backend = make_backend(model.process_group, device=model.device)
         self._residual = Residual()

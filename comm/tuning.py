@@ -19,6 +19,7 @@ from onebit.comm.backend import Backend
 from onebit.comm.numbers import gather_numbers
 from onebit.comm.registry import make_backend
 from onebit.compress import SignCodec
+from onebit.compress.codec import as_codec
 
 SIZES = tuple(1 << shift for shift in (10, 13, 16, 19, 22, 25))  # elements of float32, up to 128 MiB
 LONG = 0.02  # seconds; a size that takes longer is the last one, beyond it lines are straight
@@ -101,10 +102,11 @@ def tune(
         BackendError: the backend is unknown or does not carry tensors of that device.
         MismatchError: ranks differ in the codec.
         TransportError: a rank did not take part within the timeout.
+        InputError: the codec is none.
     """
+    codec = as_codec(codec)
     group = make_backend(backend, device=device)
     where = torch.device(device or group.device_type or "cpu")
-    codec = SignCodec() if codec is None else codec
     known = _known.setdefault(_home(group), {})
     key = (where.type, codec)
     if key not in known:

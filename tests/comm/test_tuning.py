@@ -15,7 +15,7 @@ from onebit.benchmarks.namespaces import NetworkError, shaped_hosts
 from onebit.benchmarks.net import rank_on
 from onebit.comm import Backend, CompressedAllreduce, MismatchError, Tuning, make_backend, run_threads, tune, tuning
 from onebit.comm.auto import BucketMode
-from onebit.compress import SignCodec
+from onebit.compress import InputError, SignCodec
 from tests.comm.launcher import needs_mpi, run_ranks
 
 NUMEL = 1 << 19
@@ -95,6 +95,11 @@ def test_backends_of_one_process_group_share_the_measurement(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_what_is_no_codec_is_refused_before_anything_is_measured() -> None:
+    with pytest.raises(InputError, match=r"a codec must be a SignCodec, .* got 'sign'"):
+        tune(codec="sign")  # type: ignore[arg-type]
+
+
 def test_codecs_are_measured_apart() -> None:
     def check(backend: Backend) -> bool:
         return tune(backend) is tune(backend, codec=SignCodec(block_size=64))
