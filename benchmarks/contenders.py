@@ -69,7 +69,9 @@ def _fp16(model: nn.Module, plan: Plan, backend: Backend) -> Trainee:
 
 
 def _powersgd(model: nn.Module, plan: Plan, backend: Backend) -> Trainee:
-    ddp = DistributedDataParallel(model)
+    # One bucket: the hook starts later collectives from threads of its own, and those of several buckets would be
+    # started in another order on each rank, which over Gloo has been seen to wait for ever.
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1 << 14)
     state = powersgd.PowerSGDState(
         None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=max(2, plan.exact)
     )
