@@ -19,7 +19,9 @@ from onebit.optim import CPUAdam, FusedAdam
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 MANY = 1000  # elements of each of many tensors
 
-# A value is rounded to its dtype by at most this part of it, and by no more than eight roundings of fp32 before that.
+# A value is rounded to its dtype by at most this part of it, and by no more than so many roundings of fp32 before that:
+# on CUDA roots and quotients are approximations, each as good as four roundings.
+ROUNDINGS = {"cpu": 8, "cuda": 32}
 HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SPAN = 1 << 20  # elements that are compared at once, in float64
 
@@ -80,7 +82,8 @@ class Step:
             wanted = values * (1 - OPTIONS["lr"] * OPTIONS["weight_decay"])
             wanted -= rate * (beta1 * mean + (1 - beta1) * grad)
             size = np.abs(values) + rate * (beta1 * np.abs(mean) + (1 - beta1) * np.abs(grad))
-            slack = self.roundings * HALF_UNIT[p.dtype] * np.abs(wanted) + 8 * HALF_UNIT[torch.float32] * size
+            slack = self.roundings * HALF_UNIT[p.dtype] * np.abs(wanted)
+            slack += ROUNDINGS[p.device.type] * HALF_UNIT[torch.float32] * size
             if self.roundings > 1:  # what is rounded on the way may be larger than the result
                 slack += self.roundings * HALF_UNIT[p.dtype] * size
             count += int(np.sum(~(np.abs(got - wanted) <= 1.01 * slack)))

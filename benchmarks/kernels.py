@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from onebit.benchmarks.case import Case, Setting
 from onebit.benchmarks.oracle import ROUNDING, Payload, spans, wrong_encoding
 from onebit.benchmarks.yardsticks import count_wrong, encoded, packed
+from onebit.compress.layout import Layout
 
 
 @dataclass
@@ -19,7 +20,8 @@ class Coding:
     """Inputs and outputs of one kernel.
 
     x: (numel,), what is encoded or the output of decode. residual: (numel,) float32. payloads: (n, bytes) uint8,
-    what reduce_encode averages. payload: (bytes,) uint8, written by encode and reduce_encode, read by decode.
+    what reduce_encode averages. payload: (bytes,) uint8, written by encode and reduce_encode, read by decode. layout:
+    planned once, as it has tables on the device, which cannot be made while a graph is captured.
     """
 
     setting: Setting
@@ -27,6 +29,10 @@ class Coding:
     residual: Tensor
     payloads: Tensor
     payload: Tensor
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        (self.layout,) = self.setting.codec.plan([self.setting.numel])
 
     def taken_apart(self, payload: Tensor) -> Payload:
         """`payload` as the oracle reads it."""
@@ -46,7 +52,7 @@ def _encode_inputs(setting: Setting) -> Coding:
 
 
 def _encode_run(state: Coding) -> None:
-    state.setting.codec.encode(state.x, state.residual, out=state.payload)
+    state.setting.codec.encode(state.x, state.residual, layout=state.layout, out=state.payload)
 
 
 def _encode_check(state: Coding) -> Callable[[], int]:
@@ -61,8 +67,7 @@ def _reduce_inputs(setting: Setting) -> Coding:
 
 
 def _reduce_run(state: Coding) -> None:
-    codec, numel = state.setting.codec, state.setting.numel
-    codec.reduce_encode(state.payloads, state.residual, numel=numel, out=state.payload)
+    state.setting.codec.reduce_encode(state.payloads, state.residual, layout=state.layout, out=state.payload)
 
 
 def _reduce_check(state: Coding) -> Callable[[], int]:
@@ -90,7 +95,7 @@ def _decode_inputs(setting: Setting) -> Coding:
 
 
 def _decode_run(state: Coding) -> None:
-    state.setting.codec.decode(state.payload, state.x)
+    state.setting.codec.decode(state.payload, state.x, layout=state.layout)
 
 
 def _decode_check(state: Coding) -> Callable[[], int]:
