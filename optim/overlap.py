@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onebit.comm.allreduce import bucket_mb_for
 from onebit.compress import InputError
 from onebit.optim.exchange import Exchange
+from onebit.optim.refusals import refused_gradient
 from onebit.optim.rounds import Place, Round
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ class Overlap:
         return [(p, (g, i)) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
 
     def _refuse_sparse(self, optimizer: CompressedOptimizer) -> None:
-        refusal = optimizer._refused_gradient()
+        refusal = refused_gradient(optimizer)
         if refusal is not None:
             raise refusal
 

@@ -1,0 +1,31 @@
+"""What ranks must have in common to make steps together, as facts that `onebit.comm.agree` compares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from onebit.comm.tensors import describe
+from onebit.optim.replicas import checksums
+
+if TYPE_CHECKING:
+    from onebit.optim.base import CompressedOptimizer
+
+
+def common_facts(optimizer: CompressedOptimizer) -> dict[str, str]:
+    """Options, and the forms and values of all parameters, each with what a message calls it."""
+    facts = {"the codec": str(optimizer._codec), "bucket_mb": str(optimizer._bucket_size())}
+    facts.update({"check_every": str(optimizer._check_every), "overlap": str(optimizer._overlap is not None)})
+    for g, group in enumerate(optimizer.param_groups):
+        facts[f"the number of parameters of group {g}"] = str(len(group["params"]))
+        for key, value in group.items():
+            if key != "params":
+                facts[f"option {key} of group {g}"] = str(value.tolist() if isinstance(value, Tensor) else value)
+        for i, p in enumerate(group["params"]):
+            facts[f"parameter {i} of group {g}"] = describe(p)
+    for g, group in enumerate(optimizer.param_groups):
+        sums = checksums([optimizer._common_value(p) for p in group["params"]])
+        for i, found in enumerate(sums):
+            facts[f"the values of parameter {i} of group {g} (onebit.comm.broadcast makes them equal)"] = found
+    return facts
