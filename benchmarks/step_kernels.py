@@ -170,10 +170,12 @@ def _wrong_encoding(step: _Step) -> int:
     CODEC.decode(step.momentum, old, mask=step.part.mask)
     local = (old * BETA1).add_(step.grad.float() * ALPHA)
     del old
-    residual = step.part.residual.clone()
+    kept = step.part.residual
+    assert kept is not None
+    residual = kept.clone()
     expected = CODEC.encode(local, residual, layout=step.part.layout, mask=step.part.mask)
     step.encode()
-    return differing(step.part.sent, expected) + differing(step.part.residual, residual)
+    return differing(step.part.sent, expected) + differing(kept, residual)
 
 
 def _wrong_update(step: _Step) -> int:

@@ -23,8 +23,7 @@ from onebit.comm.plain import PlainBucket, PlainPart
 from onebit.comm.residual import Place, Residual
 from onebit.comm.stats import Stats, fp32_bytes
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, all_finite, as_list, check_same, resolve
-from onebit.compress import SignCodec
-from onebit.compress.codec import as_codec
+from onebit.compress.codec import Codec, as_codec
 from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout
 
@@ -69,7 +68,7 @@ class CompressedAllreduce:
         self,
         like: Tensors,
         backend: object = None,
-        codec: SignCodec | None = None,
+        codec: Codec | None = None,
         *,
         mode: Mode = "compressed",
         bucket_mb: float | None = None,
@@ -212,13 +211,17 @@ class CompressedAllreduce:
             rank=self.backend.rank,
             world_size=self.backend.size,
             device=tensors[0].device if tensors else torch.device("cpu"),
+            feedback=self.codec.error_feedback,
         )
 
     def _make_buckets(self, place: Place) -> list[Bucket]:
         self.residual.bind(place)
         kinds = [PlainBucket if mode == "plain" else Bucket for mode in self.modes]
-        parts = zip(kinds, place.layouts, self.residual.worker, self.residual.server, strict=True)
-        return [kind(self._operators, layout, self.backend, worker, server) for kind, layout, worker, server in parts]
+        parts = zip(kinds, place.layouts, self.residual.per_bucket(), strict=True)
+        return [
+            kind(self._operators, layout, self.backend, worker, server, place.device)
+            for kind, layout, (worker, server) in parts
+        ]
 
     def _check_idle(self) -> None:
         if self._flight is not None:
@@ -466,8 +469,10 @@ class CompressedWork:
     def _put_back(self, undo_encode: Callable[[Part], None] | None) -> None:
         """Undo what is encoded; the worker's side only if it is known how."""
         for index, bucket in enumerate(self._buckets):
+            residual = bucket.part.residual
             if bucket.encoded and index in self._lost:
-                bucket.part.residual.zero_()
+                if residual is not None:
+                    residual.zero_()
             elif bucket.encoded and undo_encode is not None:
                 undo_encode(bucket.part)
             if bucket.encoded:
@@ -481,9 +486,9 @@ def compressed_allreduce(
     residual: Residual | None = None,
     *,
     backend: object = None,
-    codec: SignCodec | None = None,
+    codec: Codec | None = None,
 ) -> Tensors:
-    """Replace `tensor` by its mean over ranks, in place, sending about one bit per element; collective.
+    """Replace `tensor` by its mean over ranks, in place, sending a few bits per element; collective.
 
     For many calls on the same tensors `CompressedAllreduce` is faster: it keeps its buffers and compares the ranks'
     input only once, while this compares it every time.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from onebit.comm.backend import Backend
-from onebit.compress import SignCodec
+from onebit.compress import Codec
 from onebit.compress.errors import InputError
 
 Mode = Literal["compressed", "plain", "auto"]
@@ -27,7 +27,7 @@ def check_mode(mode: object) -> None:
         raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
 
 
-def mode_fact(mode: Mode, backend: Backend, device: torch.device, codec: SignCodec) -> str:
+def mode_fact(mode: Mode, backend: Backend, device: torch.device, codec: Codec) -> str:
     """What ranks must agree on, so that all of them measure or none."""
     if mode != "auto":
         return mode
@@ -37,7 +37,7 @@ def mode_fact(mode: Mode, backend: Backend, device: torch.device, codec: SignCod
 
 
 def choose(
-    mode: Mode, numels: Sequence[int], backend: Backend, device: torch.device, codec: SignCodec
+    mode: Mode, numels: Sequence[int], backend: Backend, device: torch.device, codec: Codec
 ) -> tuple[BucketMode, ...]:
     """How each bucket of `numels` real elements is to travel; ``"auto"`` is collective, and all ranks choose alike.
 

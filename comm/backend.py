@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -153,8 +154,8 @@ class Guard:
 class Backend(ABC):
     """One rank's end of a group of ranks that exchange flat tensors.
 
-    A new transport is one file: subclass, implement the four underscored methods, and add a line to
-    `onebit.comm.registry`. This class checks arguments, counts traffic and turns failures into `TransportError`. After
+    A new transport is one file: subclass, implement the four abstract methods, and `_part` if groups of it can be made
+    smaller, and add a line to `onebit.comm.registry`. This class checks arguments, counts traffic and turns failures into `TransportError`. After
     one every further collective raises at once, for ranks could not tell any more which belong together.
 
     Attributes:
@@ -247,6 +248,27 @@ class Backend(ABC):
         self.traffic.add(sent)
         return Work(self, "all_reduce", handle)
 
+    def split(self, color: int) -> Backend:
+        """The ranks that call this with the same color as a group of their own, in this group's order; collective.
+
+        Every call makes new groups, with a traffic count of their own. A part that gives up on a collective breaks this
+        group and its other parts on this rank, and the other way round, for what comes after it might not be matched.
+        A part is of no more use once this group has been closed.
+
+        Args:
+            color: any number that fits 64 bits.
+
+        Raises:
+            BackendError: a rank's color is no such number, on all ranks; or this transport cannot be split.
+            TransportError: a rank did not take part within the timeout.
+        """
+        colors = self._colors(color)
+        members = [rank for rank, other in enumerate(colors) if other == color]
+        with self.guard("split"), self.limited("split"):
+            part = self._part(members)
+        part._order = self._order
+        return part
+
     def carries(self, device: torch.device) -> bool:
         """Whether it carries tensors on `device`."""
         return self.device_type in (None, device.type)
@@ -293,6 +315,10 @@ class Backend(ABC):
     def _all_gather(self, output: Tensor, input: Tensor) -> Handle | None:
         """Start it, for at least one element; None when it is complete on return."""
 
+    def _part(self, members: Sequence[int]) -> Backend:
+        """These ranks, which call this together, as a group of their own, in this order; this rank is one of them."""
+        raise BackendError(f"rank {self.rank}: the {self.name!r} backend cannot be split; it has no _part of its own")
+
     def _all_to_all_in_line(self, output: Tensor, input: Tensor) -> Handle | None:
         """As `_all_to_all`, for who waits at once; a transport that can make use of that overrides it."""
         return self._all_to_all(output, input)
@@ -308,6 +334,24 @@ class Backend(ABC):
     @abstractmethod
     def _barrier(self) -> None:
         """Block until every rank is here, at most `self.timeout` seconds."""
+
+    def _colors(self, color: int) -> list[int]:
+        """Every rank's color."""
+        fits = isinstance(color, int) and not isinstance(color, bool) and -(2**63) <= color < 2**63
+        mine = torch.tensor([fits, color if fits else 0], dtype=torch.int64, device=self.device_type or "cpu")
+        everyone = mine.new_empty(2 * self.size)
+        with self.limited("split"):
+            self.all_gather(everyone, mine).wait()
+            rows: list[list[int]] = everyone.view(self.size, 2).tolist()
+        self.check()
+        refused = [rank for rank, (fit, _) in enumerate(rows) if not fit]
+        if refused:
+            own = "" if fits else f"; got {color!r}"
+            raise BackendError(
+                f"rank {self.rank}: split: the color must be an int of 64 bits, and on rank{'s' * (len(refused) > 1)} "
+                f"{', '.join(map(str, refused))} it is not{own}"
+            )
+        return [other for _, other in rows]
 
     def _check(self, operation: str, *tensors: Tensor) -> None:
         first = tensors[0]

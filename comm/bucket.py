@@ -10,9 +10,10 @@ from torch import Tensor
 
 from onebit.comm.backend import Backend, Work
 from onebit.comm.part import Part
-from onebit.compress.codec import SignOperators
+from onebit.compress.codec import Operators
 from onebit.compress.layout import Layout
 from onebit.compress.masks import pack_mask
+from onebit.compress.sign import SignOperators
 
 
 class Bucket:
@@ -22,8 +23,9 @@ class Bucket:
         operators: encode the mean.
         layout: its part of the list; segments count tensors of the whole list.
         backend: what carries it.
-        worker: (layout.padded_numel,) fp32, updated in place.
-        server: (layout.chunk_numel,) fp32, updated in place.
+        worker: (layout.padded_numel,) fp32, updated in place; None: no error is kept.
+        server: (layout.chunk_numel,) fp32, updated in place; None: no error is kept.
+        device: where the tensors are.
 
     Attributes:
         part: what others see of it.
@@ -31,13 +33,18 @@ class Bucket:
     """
 
     def __init__(
-        self, operators: SignOperators, layout: Layout, backend: Backend, worker: Tensor, server: Tensor
+        self,
+        operators: Operators,
+        layout: Layout,
+        backend: Backend,
+        worker: Tensor | None,
+        server: Tensor | None,
+        device: torch.device,
     ) -> None:
         self._operators = operators
         self._rank = backend.rank
         self._server = server
         ranks, size = backend.size, layout.payload_bytes
-        device = worker.device
         sent, self._received, gathered = torch.zeros(3, ranks * size, dtype=torch.uint8, device=device)
         self._payloads = self._received.view(ranks, size)
         self._mine = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -55,7 +62,7 @@ class Bucket:
             mask=None,
             sent=sent,
             gathered=gathered,
-            squared=self._operators.squared,
+            squared=isinstance(operators, SignOperators) and operators.squared,
         )
 
     def set_mask(self, masks: Sequence[Tensor] | None) -> None:
@@ -104,7 +111,7 @@ class Bucket:
         Args:
             keep: 0-dim bool on the bucket's device: where it is true nothing is put back; None: it is put back.
         """
-        if self._reduced:
+        if self._reduced and self._server is not None:
             mask, layout, rank = self.part.mask, self.part.layout, self._rank
             self._operators.undo_reduce(self._payloads, self._server, mask, self._mine, layout, rank, keep)
-            self._reduced = False
+        self._reduced = False

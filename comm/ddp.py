@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onebit.comm.ddp_average import AveragingHook, AveragingOptimizer
 from onebit.comm.ddp_compress import CompressedHook
-from onebit.compress import SignCodec
+from onebit.compress import Codec
 from onebit.compress.errors import InputError
 
 __all__ = ["AveragingHook", "AveragingOptimizer", "CompressedHook", "attach", "compress_gradients", "unattached"]
@@ -57,7 +57,7 @@ def attach(model: torch.nn.Module, optimizer: AveragingOptimizer) -> None:
 
 
 def compress_gradients(
-    model: torch.nn.Module, codec: SignCodec | None = None, *, bucket_mb: float | None = None
+    model: torch.nn.Module, codec: Codec | None = None, *, bucket_mb: float | None = None
 ) -> CompressedHook:
     """Have DDP average gradients compressed, with error feedback, for an optimizer of any kind.
 

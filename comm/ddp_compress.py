@@ -15,8 +15,7 @@ from onebit.comm.allreduce import CompressedAllreduce, CompressedWork, bucket_mb
 from onebit.comm.registry import make_backend
 from onebit.comm.residual import Residual
 from onebit.comm.stats import Stats
-from onebit.compress import SignCodec
-from onebit.compress.codec import as_codec
+from onebit.compress.codec import Codec, as_codec
 
 BUCKET_MB = 25.0  # DDP's own: what its gradients arrive in
 
@@ -47,7 +46,7 @@ class CompressedHook:
     """
 
     def __init__(
-        self, model: DistributedDataParallel, codec: SignCodec | None = None, *, bucket_mb: float | None = None
+        self, model: DistributedDataParallel, codec: Codec | None = None, *, bucket_mb: float | None = None
     ) -> None:
         self.model = model
         self._codec = as_codec(codec)

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class MpiBackend(Backend):
     """Collectives of one MPI communicator, for CPU and CUDA tensors; collective to make, for it duplicates it.
 
     The duplicate keeps this library's messages apart from the caller's. It is made when a communicator is first used
-    here, kept as an attribute of it, and freed by MPI when the communicator is.
+    here, kept as an attribute of it, and freed by MPI when the communicator is, with the parts that `split` has made.
 
     `all_reduce` of float16 and bfloat16, for which MPI has no type, sums a float32 copy and rounds once.
 
@@ -75,7 +75,7 @@ class MpiBackend(Backend):
         super().__init__(communicator.Get_rank(), communicator.Get_size(), timeout)
         with self.guard("duplicating the communicator"):
             own = _duplicate(self._mpi, communicator, self.timeout)
-        self._communicator, self._order = own.communicator, own.order
+        self._own, self._communicator, self._order = own, own.communicator, own.order
         self._staging = Staging()
         self.cuda_aware = query_cuda_support(self._mpi)
 
@@ -110,6 +110,15 @@ class MpiBackend(Backend):
 
     def _barrier(self) -> None:
         self._in_flight([self._communicator.Ibarrier()]).wait(self.timeout)
+
+    def _part(self, members: Sequence[int]) -> MpiBackend:
+        whole = self._communicator.Get_group()
+        group = whole.Incl(members)
+        communicator = self._communicator.Create_group(group)  # collective for the members alone, who all are here
+        whole.Free()
+        group.Free()
+        self._own.parts.append(communicator)
+        return MpiBackend(communicator, self.timeout)
 
     def _piece(self, n_bytes: int) -> tuple[int, Any]:
         """How to count one rank's piece of `n_bytes`: in bytes, or as one element of a type that holds all of it."""
@@ -230,6 +239,7 @@ class _Duplicate:
 
     communicator: Any
     order: Order
+    parts: list[Any] = field(default_factory=list)
 
 
 def _duplicate(mpi: Any, communicator: Any, timeout: float) -> _Duplicate:
@@ -250,7 +260,8 @@ def _duplicate(mpi: Any, communicator: Any, timeout: float) -> _Duplicate:
 
 
 def _free_duplicate(communicator: Any, keyval: int, duplicate: _Duplicate) -> None:
-    duplicate.communicator.Free()
+    for communicator in (*duplicate.parts, duplicate.communicator):
+        communicator.Free()
 
 
 def _abort_if_open(mpi: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onebit.compress.codec import SignOperators
+from onebit.compress.codec import Operators
 from onebit.compress.layout import Layout
 from onebit.compress.reference import unpack_bits
 
@@ -20,32 +20,35 @@ class Part:
     Attributes:
         layout: how they are laid out, for a list of only the tensors that this part uses.
         used: which those are, as indices into the list that the average was made for.
-        residual: (layout.padded_numel,) fp32, error feedback of this rank; whoever encodes updates it in place.
+        residual: (layout.padded_numel,) fp32, error feedback of this rank; whoever encodes updates it in place. None:
+            the codec keeps none.
         mask: (layout.padded_numel / 8,) uint8, set where an element takes no part; None: all take part. A later
             `set_mask` makes new parts.
         sent: (layout.chunks · layout.payload_bytes,) uint8, one payload per rank; whoever encodes fills it.
         gathered: of the same size: once the work is finished one payload per chunk, which together are the mean.
-        squared: scales are root mean squares, else means of absolute values.
+        squared: scales of a `SignCodec` are root mean squares, else means of absolute values.
     """
 
     layout: Layout
     used: tuple[int, ...]
-    residual: Tensor
+    residual: Tensor | None
     mask: Tensor | None
     sent: Tensor
     gathered: Tensor
     squared: bool
 
-    def encode(self, operators: SignOperators, rows: Sequence[Tensor]) -> None:
+    def encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Fill `sent` from the whole list of tensors, row-major, and update `residual`."""
         operators.encode(self._pick(rows), self.residual, self.mask, self.sent, self.layout)
 
-    def decode(self, operators: SignOperators, rows: Sequence[Tensor]) -> None:
+    def decode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Write the mean to this part of the whole list of tensors, row-major."""
         operators.decode(self.gathered, self.mask, self._pick(rows), self.layout)
 
-    def undo_encode(self, operators: SignOperators, rows: Sequence[Tensor]) -> None:
+    def undo_encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Put `residual` back to what it was before `encode` of the same list, to within rounding."""
+        if self.residual is None:
+            return
         rows, layout = self._pick(rows), self.layout
         given = torch.zeros_like(self.residual)
         for s in layout.segments:
@@ -56,10 +59,10 @@ class Part:
         # A block that said NaN left its residual as it was.
         self.residual.copy_(torch.where(said.isnan(), self.residual, (self.residual + said) - given))
 
-    def said(self, operators: SignOperators) -> Tensor:
+    def said(self, operators: Operators) -> Tensor:
         """Return what `sent` decodes to, flat fp32 in block order; padding and masked elements are 0."""
         layout = self.layout.by_segment()
-        flat = torch.zeros_like(self.residual)
+        flat = torch.zeros(layout.padded_numel, device=self.sent.device)
         values = [flat[layout.residual_span(s)] for s in layout.segments]
         operators.decode(self.sent, self.mask, values, layout)
         return flat

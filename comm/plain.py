@@ -10,7 +10,7 @@ from torch import Tensor
 from onebit.comm.backend import Backend
 from onebit.comm.bucket import Bucket
 from onebit.comm.part import Part
-from onebit.compress.codec import SignOperators
+from onebit.compress.codec import Operators
 from onebit.compress.layout import Layout
 from onebit.compress.reference import unpack_bits
 
@@ -23,7 +23,7 @@ class PlainPart(Part):
         """(layout.numel,) float32: what has been gathered."""
         return self.gathered.view(torch.float32)
 
-    def encode(self, operators: SignOperators, rows: Sequence[Tensor]) -> None:
+    def encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Fill `sent` from the whole list of tensors, row-major; 0 for what is masked."""
         slots = self._slots()
         torch._foreach_copy_(slots, self._pieces(rows))
@@ -32,11 +32,11 @@ class PlainPart(Part):
             for slot, segment in zip(slots, self.layout.segments, strict=True):
                 slot.masked_fill_(masked[self.layout.residual_span(segment)], 0.0)
 
-    def decode(self, operators: SignOperators, rows: Sequence[Tensor]) -> None:
+    def decode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Write the mean to this part of the whole list of tensors, row-major."""
         torch._foreach_copy_(self._pieces(rows), self._slots())
 
-    def undo_encode(self, operators: SignOperators, rows: Sequence[Tensor]) -> None:
+    def undo_encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Nothing: no error was kept."""
 
     def _slots(self) -> list[Tensor]:
@@ -53,15 +53,21 @@ class PlainBucket(Bucket):
     All ranks get the same bits; which ones, depends on the transport. `DenseAllreduce` has the same bits on all.
 
     Args:
-        operators, layout, backend, worker, server: as for `Bucket`.
+        operators, layout, backend, worker, server, device: as for `Bucket`.
     """
 
     def __init__(
-        self, operators: SignOperators, layout: Layout, backend: Backend, worker: Tensor, server: Tensor
+        self,
+        operators: Operators,
+        layout: Layout,
+        backend: Backend,
+        worker: Tensor | None,
+        server: Tensor | None,
+        device: torch.device,
     ) -> None:
         own, used = layout.of_used_tensors()
         self._backend = backend
-        self._sum = torch.zeros(layout.numel, device=worker.device)
+        self._sum = torch.zeros(layout.numel, device=device)
         self._exchange = self._gather = None
         self._reduced = self.encoded = False
         numbers = self._sum.view(torch.uint8)
@@ -72,7 +78,7 @@ class PlainBucket(Bucket):
             mask=None,
             sent=numbers,
             gathered=numbers,
-            squared=operators.squared,
+            squared=False,
         )
 
     def exchange(self, in_line: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout, Segment
+
+_log = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -26,6 +29,7 @@ class Place:
         rank: whose residual it is, which is also the chunk it serves.
         world_size: number of ranks.
         device: where the tensors are.
+        feedback: errors are kept; else there is nothing to hold.
     """
 
     numels: tuple[int, ...]
@@ -33,6 +37,7 @@ class Place:
     rank: int
     world_size: int
     device: torch.device
+    feedback: bool = True
 
 
 class Residual:
@@ -40,7 +45,7 @@ class Residual:
 
     The *worker* residual is what this rank has not yet told the others, one fp32 per element. The *server* residual
     belongs to the chunk whose mean this rank computes, and is what it has not yet told of that mean. Padding is part of
-    neither.
+    neither. Where the codec keeps no errors both stay empty.
     """
 
     def __init__(self) -> None:
@@ -60,7 +65,7 @@ class Residual:
                 f"{len(place.numels)} with {sum(place.numels)} (rank {place.rank} of {place.world_size}), or with "
                 "another codec, bucket size or device; use one Residual per averaged list of tensors"
             )
-        return None if self._pending is None else _misfit(self._pending, place)
+        return None if self._pending is None or not place.feedback else _misfit(self._pending, place)
 
     def bind(self, place: Place) -> None:
         """Allocate for this place and take over a loaded state, or check that what is there was made for it.
@@ -74,11 +79,18 @@ class Residual:
             raise refusal
         if self._place is None:
             self._place = place
-            self.worker = [torch.zeros(layout.padded_numel, device=place.device) for layout in place.layouts]
-            self.server = [torch.zeros(layout.chunk_numel, device=place.device) for layout in place.layouts]
+            kept = place.layouts if place.feedback else ()
+            self.worker = [torch.zeros(layout.padded_numel, device=place.device) for layout in kept]
+            self.server = [torch.zeros(layout.chunk_numel, device=place.device) for layout in kept]
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
+
+    def per_bucket(self) -> Sequence[tuple[Tensor | None, Tensor | None]]:
+        """The worker's and the server's residual of every bucket of the place that it is bound to."""
+        if self.worker:
+            return list(zip(self.worker, self.server, strict=True))
+        return [(None, None)] * (0 if self._place is None else len(self._place.layouts))
 
     def reset(self) -> None:
         """Forget all feedback, a loaded state that was not used yet included. Sizes stay."""
@@ -114,7 +126,7 @@ class Residual:
 
         Keys: ``version``, ``rank``, ``world_size``, ``numels``, ``worker`` (sum of numels,) fp32, ``server`` (elements
         of this rank's chunks,) fp32 and ``server_spans``, (k, 3) int64 rows of tensor, offset, number of elements; or
-        ``version`` alone where there is no feedback, as before the first use and with one rank.
+        ``version`` alone where there is no feedback, as before the first use, with one rank and where none is kept.
         """
         if self._pending is not None:
             return dict(self._pending)
@@ -149,6 +161,13 @@ class Residual:
         place = self._place
         if place is None:
             self._pending = dict(state)
+            return
+        if not place.feedback:
+            _log.warning(
+                "rank %d: the codec keeps no error feedback, so that of %d elements which was loaded is dropped",
+                place.rank,
+                sum(state["numels"]),
+            )
             return
         misfit = _misfit(state, place)
         if misfit is not None:

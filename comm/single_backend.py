@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from onebit.comm.backend import Backend
@@ -27,3 +29,6 @@ class SingleBackend(Backend):
 
     def _barrier(self) -> None:
         pass
+
+    def _part(self, members: Sequence[int]) -> SingleBackend:
+        return SingleBackend(self.timeout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -105,6 +105,10 @@ class ThreadsBackend(Backend):
     def _barrier(self) -> None:
         self._post("barrier", torch.empty(0), lambda inputs: None).wait(self.timeout)
 
+    def _part(self, members: Sequence[int]) -> ThreadsBackend:
+        meeting = self._meeting.part(self._posted, tuple(members))
+        return ThreadsBackend(meeting, members.index(self.rank), self.timeout)
+
     def _post(self, operation: str, tensor: Tensor, receive: Callable[[list[Tensor]], None]) -> Handle:
         number, self._posted = self._posted, self._posted + 1
         self._meeting.post(number, self.rank, operation, tensor.detach().clone())
@@ -141,6 +145,12 @@ class _Meeting:
         self._changed = threading.Condition()
         self._slots: dict[int, _Slot] = {}
         self._gone: dict[int, BaseException | None] = {}
+        self._parts: dict[tuple[int, tuple[int, ...]], _Meeting] = {}
+
+    def part(self, number: int, members: tuple[int, ...]) -> _Meeting:
+        """Where these ranks meet alone; `number` tells it from those that they have asked for before."""
+        with self._changed:
+            return self._parts.setdefault((number, members), _Meeting(len(members)))
 
     def post(self, number: int, rank: int, operation: str, tensor: Tensor) -> None:
         with self._changed:
@@ -173,10 +183,13 @@ class _Meeting:
                 del self._slots[number]
 
     def leave(self, rank: int, error: BaseException | None) -> None:
-        """This rank will post nothing more."""
+        """This rank will post nothing more, nor in any part."""
         with self._changed:
             self._gone.setdefault(rank, error)
             self._changed.notify_all()
+            parts = [(part, members.index(rank)) for (_, members), part in self._parts.items() if rank in members]
+        for part, number in parts:
+            part.leave(number, error)
 
     def _first_gone(self, inputs: dict[int, tuple[str, Tensor]]) -> int | None:
         """The rank to blame for what is missing, the first that went, for others follow; None if it may still come."""

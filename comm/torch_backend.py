@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import cached_property
@@ -64,6 +65,7 @@ class TorchBackend(Backend):
         self.group = group
         self._made: dict[tuple[type, bool], Any] = {}
         self._watch: Watch | None = None
+        self._parts: weakref.WeakSet[TorchBackend] = weakref.WeakSet()
         if device_type == "cuda":
             if timeout is None:
                 self.timeout = self._group_limit()
@@ -80,10 +82,35 @@ class TorchBackend(Backend):
         return nullcontext() if self._watch is None else self._watch.limited(operation)
 
     def give_up(self, operation: str, waited: float) -> None:
-        """End all collectives of the group; the next use raises TransportError."""
+        """End all collectives of the group and of its parts; the next use raises TransportError."""
         self._order.given_up = (operation, waited)
         self._order.broken_by = operation
+        self._abort()
+
+    def _abort(self) -> None:
         self._transport.abort()
+        for part in self._parts:
+            part._abort()
+
+    def _part(self, members: Sequence[int]) -> TorchBackend:
+        """A process group of its own, which `torch.distributed.destroy_process_group` of the default group closes."""
+        world = dist.group.WORLD
+        if self.name == "nccl" and world is not None and world.bound_device_id and world.size() != self.size:
+            raise BackendError(
+                f"rank {self.rank}: this group has {self.size} of {world.size()} ranks, and as init_process_group was "
+                "given a device_id, NCCL makes smaller groups with all ranks alone: split the default group, or leave "
+                "device_id out"
+            )
+        ranks = dist.get_process_group_ranks(self.group)
+        group = dist.new_group(
+            [ranks[member] for member in members],
+            timeout=self._limit,
+            backend=self.name,
+            use_local_synchronization=True,
+        )
+        part = TorchBackend(group, str(self.device_type), None if self.name == "nccl" else self.timeout)
+        self._parts.add(part)
+        return part
 
     def _all_to_all(self, output: Tensor, input: Tensor) -> Handle | None:
         return self._exchange(_as_bytes(output), _as_bytes(input))

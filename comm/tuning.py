@@ -18,8 +18,7 @@ from onebit.comm.auto import BucketMode
 from onebit.comm.backend import Backend
 from onebit.comm.numbers import gather_numbers
 from onebit.comm.registry import make_backend
-from onebit.compress import SignCodec
-from onebit.compress.codec import as_codec
+from onebit.compress.codec import Codec, as_codec
 
 SIZES = tuple(1 << shift for shift in (10, 13, 16, 19, 22, 25))  # elements of float32, up to 128 MiB
 LONG = 0.02  # seconds; a size that takes longer is the last one, beyond it lines are straight
@@ -86,7 +85,7 @@ def tune(
     backend: object = None,
     *,
     device: torch.device | str | None = None,
-    codec: SignCodec | None = None,
+    codec: Codec | None = None,
 ) -> Tuning:
     """Measure this group of ranks, unless that has been done; collective, takes seconds.
 
@@ -114,7 +113,7 @@ def tune(
     return known[key]
 
 
-def is_tuned(backend: Backend, device: torch.device, codec: SignCodec) -> bool:
+def is_tuned(backend: Backend, device: torch.device, codec: Codec) -> bool:
     """Whether `tune` would answer without measuring."""
     return (device.type, codec) in _known.get(_home(backend), {})
 
@@ -124,10 +123,10 @@ def _home(backend: Backend) -> Any:
     return getattr(backend, "group", backend)
 
 
-_known: WeakKeyDictionary[Any, dict[tuple[str, SignCodec], Tuning]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, dict[tuple[str, Codec], Tuning]] = WeakKeyDictionary()
 
 
-def _measure(backend: Backend, device: torch.device, codec: SignCodec) -> Tuning:
+def _measure(backend: Backend, device: torch.device, codec: Codec) -> Tuning:
     clock = _Clock(backend, device)
     numels: list[int] = []
     seconds: dict[BucketMode, list[float]] = {"plain": [], "compressed": []}
@@ -177,7 +176,7 @@ class _Clock:
             torch.cuda.synchronize(self.device)
 
 
-def _averages(clock: _Clock, numel: int, codec: SignCodec) -> list[float]:
+def _averages(clock: _Clock, numel: int, codec: Codec) -> list[float]:
     """Seconds of a plain and of a compressed average of one tensor."""
     tensor = _normal(numel, clock.device)
     averages = [CompressedAllreduce(tensor, clock.backend, codec, mode=mode) for mode in ("plain", "compressed")]
@@ -189,7 +188,7 @@ def _latency(clock: _Clock) -> float:
     return seconds
 
 
-def _kernel_rates(clock: _Clock, codec: SignCodec) -> dict[str, float]:
+def _kernel_rates(clock: _Clock, codec: Codec) -> dict[str, float]:
     """Elements per second of each of the codec's operators."""
     x, residual = _normal(KERNEL_NUMEL, clock.device), torch.zeros(KERNEL_NUMEL, device=clock.device)
     payload = codec.encode(x, residual)

@@ -116,7 +116,7 @@ def _fastest(device_type: str) -> str:
         why = f"the CUDA kernels need CuPy, pip install 'onebit[cuda13]' or 'onebit[cuda12]' ({error})"
     _log.warning(
         "onebit uses its plain torch reference for %s tensors, which is right but many times slower than compiled "
-        "kernels: %s. SignCodec.kernels_on(device) tells which are used",
+        "kernels: %s. kernels_on(device) of a codec tells which are used",
         device_type,
         why,
     )

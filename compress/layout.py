@@ -48,7 +48,7 @@ class Layout:
     """The blocks of one bucket, dealt to `chunks` payloads of equal size.
 
     Chunk k is the blocks ``[k·chunk_blocks, (k+1)·chunk_blocks)``; blocks that no segment fills are padding. A
-    payload is ``[bits | fp32 scales]``, each section starting on 16 bytes.
+    payload is ``[codes | fp32 scales]``, each section starting on 16 bytes.
 
     Attributes:
         block_size: elements per block.
@@ -56,6 +56,7 @@ class Layout:
         chunk_blocks: blocks per payload.
         segments: which tensor elements fill which blocks.
         shared_scale: all blocks of a tensor (of its part in a chunk, on the server side) have one scale.
+        bits: of an element's code.
     """
 
     block_size: int
@@ -63,6 +64,7 @@ class Layout:
     chunk_blocks: int
     segments: tuple[Segment, ...]
     shared_scale: bool
+    bits: int = 1
 
     @cached_property
     def blocks(self) -> int:
@@ -84,10 +86,15 @@ class Layout:
         """Number of real elements."""
         return sum(segment.numel for segment in self.segments)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the codes of a block."""
+        return self.block_size * self.bits // 8
+
     @cached_property
     def bits_bytes(self) -> int:
         """Bytes of a payload before its scales."""
-        return align(self.chunk_numel // 8)
+        return align(self.chunk_blocks * self.block_bytes)
 
     @cached_property
     def payload_bytes(self) -> int:
@@ -97,7 +104,7 @@ class Layout:
     @cached_property
     def spare_bytes(self) -> tuple[slice, ...]:
         """The bytes of a payload that belong to neither section and only fill it up."""
-        bits_end, scales_end = self.chunk_numel // 8, self.bits_bytes + 4 * self.chunk_blocks
+        bits_end, scales_end = self.chunk_blocks * self.block_bytes, self.bits_bytes + 4 * self.chunk_blocks
         spare = (slice(bits_end, self.bits_bytes), slice(scales_end, self.payload_bytes))
         return tuple(s for s in spare if s.start < s.stop)
 
@@ -173,12 +180,13 @@ class Layout:
 
 
 def plan(
-    numels: Sequence[int], block_size: int | None, chunks: int = 1, bucket_numel: int | None = None
+    numels: Sequence[int], block_size: int | None, chunks: int = 1, bucket_numel: int | None = None, bits: int = 1
 ) -> tuple[Layout, ...]:
     """Lay tensors of `numels` elements out in buckets of at most about `bucket_numel` elements.
 
     Each tensor starts on a block boundary, so neither its neighbours nor the bucket size change which elements share a
-    scale. With `block_size=None` every tensor is split into `chunks` parts of its own, for the same reason.
+    scale. With `block_size=None` every tensor is split into `chunks` parts of its own, for the same reason. Codes have
+    `bits` bits per element.
 
     Returns:
         At least one layout; tensors without elements are in none.
@@ -190,8 +198,10 @@ def plan(
     if any(n < 0 for n in numels):
         raise InputError(f"numbers of elements must not be negative, got {min(numels)}")
     if block_size is None:
-        return _plan_shared(numels, chunks, bucket_numel)
-    return _plan_blocks(numels, block_size, chunks, bucket_numel)
+        layouts = _plan_shared(numels, chunks, bucket_numel)
+    else:
+        layouts = _plan_blocks(numels, block_size, chunks, bucket_numel)
+    return tuple(replace(layout, bits=bits) for layout in layouts)
 
 
 def _plan_blocks(numels: Sequence[int], block_size: int, chunks: int, bucket_numel: int | None) -> tuple[Layout, ...]:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from onebit.comm import Backend, CompressedAllreduce, CompressedWork, DenseAllreduce, Part, Residual, Stats
-from onebit.compress import SignCodec
+from onebit.compress import Codec
 
 
 class Exchange(Protocol):
@@ -110,7 +110,7 @@ class GroupReducers:
     """
 
     def __init__(
-        self, backend: Callable[[], Backend], codec: SignCodec, bucket_mb: float | None, residual: Residual | None
+        self, backend: Callable[[], Backend], codec: Codec, bucket_mb: float | None, residual: Residual | None
     ) -> None:
         self._backend = backend
         self._codec = codec

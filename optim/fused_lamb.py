@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import CompressedAllreduce, Part
-from onebit.compress import SignCodec
+from onebit.compress import Codec
 from onebit.optim.fused import FusedMomentum, FusedStep, SettlingStep, of_part
 from onebit.optim.kernels import StepKernels, step_kernels
 from onebit.optim.known import Known
@@ -17,7 +17,7 @@ from onebit.optim.lamb import Layers
 from onebit.optim.state_keys import FRESH_VARIANCE, VARIANCE
 
 
-def lamb_kernels(device: torch.device, codec: SignCodec) -> StepKernels | None:
+def lamb_kernels(device: torch.device, codec: Codec) -> StepKernels | None:
     """What encodes and updates, where there are kernels for LAMB's own part of a step as well; None: there are none."""
     kernels = step_kernels(device, codec)
     if kernels is None or kernels.name != "gpu":

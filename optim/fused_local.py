@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onebit.compress import SignCodec
+from onebit.compress import Codec, SignCodec
 from onebit.optim.fused import row_major
 from onebit.optim.known import Known
 from onebit.optim.local_steps import KEPT, MEAN, RATE, START, Reach, begin, is_open, starts_of
@@ -35,7 +35,7 @@ class FusedLocal:
         self._starts = [torch.empty(p.shape, device=device) for p in params if p.dtype == torch.float32]
 
     @staticmethod
-    def can(params: Sequence[Tensor], states: States, group: Mapping[str, Any], codec: SignCodec) -> bool:
+    def can(params: Sequence[Tensor], states: States, group: Mapping[str, Any], codec: Codec) -> bool:
         """Whether there is a kernel for these options where the parameters are."""
         coupled = not group["adamw_mode"] and group["weight_decay"]
         return bool(params) and not coupled and codec.kernels_on(params[0].device) == "gpu"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Part
-from onebit.compress import SignCodec
+from onebit.compress import Codec, SignCodec
 
 IMPLEMENTATIONS = {"cpu": "onebit.optim.cpu.momentum", "gpu": "onebit.optim.gpu.momentum"}  # named as the codec's
 
@@ -118,8 +118,10 @@ class StepKernels(Protocol):
         """
 
 
-def step_kernels(device: torch.device, codec: SignCodec) -> StepKernels | None:
-    """Return the fused kernels beside the codec's own for tensors on `device`; None: there are none."""
+def step_kernels(device: torch.device, codec: Codec) -> StepKernels | None:
+    """Return the fused kernels beside the codec's own for tensors on `device`; None: there are none, or not for it."""
+    if not isinstance(codec, SignCodec):
+        return None
     name = codec.kernels_on(device)
     if name not in IMPLEMENTATIONS:
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Part
-from onebit.compress import SignCodec
+from onebit.compress import Codec
 
 if TYPE_CHECKING:
     from onebit.optim.base import CompressedOptimizer
@@ -41,12 +41,15 @@ def metrics(optimizer: CompressedOptimizer, compression_error: bool = False) -> 
     return found
 
 
-def _relative_error(parts: list[Part], codec: SignCodec) -> float | None:
-    """‖c - C(c)‖ / ‖c‖, c what was last encoded with its feedback; None: no average was made, or not to its end."""
+def _relative_error(parts: list[Part], codec: Codec) -> float | None:
+    """‖c - C(c)‖ / ‖c‖, c what was last encoded with its feedback.
+
+    None: no average was made, or not to its end, or the codec keeps no error.
+    """
     unsaid, whole = [], []
     for part in parts:
         operators = codec.unchecked(part.sent.device)
-        if not operators.all_finite([part.gathered], [part.layout]):
+        if part.residual is None or not operators.all_finite([part.gathered], [part.layout]):
             return None
         unsaid.append(torch.linalg.vector_norm(part.residual))
         whole.append(torch.linalg.vector_norm(part.said(operators) + part.residual))

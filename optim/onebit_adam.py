@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from onebit.compress import SignCodec
+from onebit.compress import Codec
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, warn_if_too_late
@@ -89,7 +89,7 @@ class OnebitAdam(FusedGroups):
         master_weights: bool = False,
         bucket_mb: float | None = None,
         backend: object = None,
-        codec: SignCodec | None = None,
+        codec: Codec | None = None,
         check_every: int | None = None,
         overlap: bool = False,
         **unsupported: NoReturn,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from onebit.compress import InputError, SignCodec
+from onebit.compress import Codec, InputError
 from onebit.optim import lamb
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import PROGRESS, is_frozen, warn_if_too_late
@@ -97,7 +97,7 @@ class OnebitLamb(FusedGroups):
         master_weights: bool = False,
         bucket_mb: float | None = None,
         backend: object = None,
-        codec: SignCodec | None = None,
+        codec: Codec | None = None,
         check_every: int | None = None,
         overlap: bool = False,
         **unsupported: NoReturn,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm.tensors import all_finite
-from onebit.compress import SignCodec
+from onebit.compress import Codec
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.fused_groups import FusedGroups
@@ -117,7 +117,7 @@ class ZeroOneAdam(FusedGroups):
         master_weights: bool = False,
         bucket_mb: float | None = None,
         backend: object = None,
-        codec: SignCodec | None = None,
+        codec: Codec | None = None,
         check_every: int | None = None,
         overlap: bool = False,
         **unsupported: NoReturn,

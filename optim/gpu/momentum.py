@@ -151,8 +151,8 @@ class _Local:
         params: Sequence[Tensor],
         factors: tuple[float, float, float],
     ) -> None:
-        layout, device = part.layout, part.residual.device
-        self._buffers = (part.residual.data_ptr(), _address(part.mask))
+        layout, device = part.layout, part.sent.device
+        self._buffers = (_address(part.residual), _address(part.mask))
         grad = operand("grads", grads, layout, device)
         operands = [grad, operand("encoded params", params, layout, device)] if factors[2] else [grad]
         packed = isinstance(momentum, Tensor)
@@ -163,7 +163,7 @@ class _Local:
         self._tables = [o.address for o in operands] + [0] * (2 - len(operands))
         self._factors = tuple(map(bits, factors))
         self._numels = numels(layout, device).data_ptr()
-        plain = packed and part.residual.data_ptr() % 16 == 0
+        plain = packed and self._buffers[0] % 16 == 0
         self.groups = sorted_blocks("encode", layout, device, operands, plain, lambda: _kinds(operands), part.mask)
 
     def arguments(self, places: Places, group: Group) -> tuple[int, ...]:
