@@ -154,9 +154,10 @@ class Guard:
 class Backend(ABC):
     """One rank's end of a group of ranks that exchange flat tensors.
 
-    A new transport is one file: subclass, implement the four abstract methods, and `_part` if groups of it can be made
-    smaller, and add a line to `onebit.comm.registry`. This class checks arguments, counts traffic and turns failures into `TransportError`. After
-    one every further collective raises at once, for ranks could not tell any more which belong together.
+    A new transport is one file: subclass, implement the four abstract methods, and `_part` where groups can be split,
+    and add a line to `onebit.comm.registry`. This class checks arguments, counts traffic and turns failures into
+    `TransportError`. After one every further collective raises at once, for ranks could not tell any more which belong
+    together.
 
     Attributes:
         name: ``"gloo"``, ``"nccl"``, ``"mpi"``, ``"threads"`` or ``"single"``.
