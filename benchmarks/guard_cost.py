@@ -27,7 +27,7 @@ from onebit.benchmarks import console, record
 from onebit.comm import Backend, CompressedWork, make_backend
 from onebit.comm.backend import Guard
 from onebit.comm.numbers import gather_numbers
-from onebit.optim import CompressedOptimizer, OnebitAdam
+from onebit.optim import OnebitAdam
 
 
 @contextlib.contextmanager
@@ -42,12 +42,11 @@ def unchecked(device: torch.device) -> Iterator[None]:
         off.enter_context(mock.patch.object(CompressedWork, "all_finite", return_value=finite))
         for owner, names in (
             (Guard, ("__enter__", "__exit__")),
-            (CompressedOptimizer, ("_refused_option", "_refused_gradient", "_refused_averages")),
             (Backend, ("check",)),
         ):
             for name in names:
                 off.enter_context(mock.patch.object(owner, name, nothing))
-        off.enter_context(mock.patch("onebit.optim.base.owned_by_another", nothing))
+        off.enter_context(mock.patch("onebit.optim.base.refused", nothing))
         yield
 
 

@@ -14,21 +14,23 @@ from torch import Tensor
 from onebit.comm import Backend, Residual, Stats, agree, make_backend
 from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.ddp import AveragingHook, unattached
-from onebit.comm.tensors import describe
-from onebit.compress import InputError, SignCodec
+from onebit.compress import Codec, InputError
 from onebit.compress.codec import as_codec
-from onebit.compress.kernels import DTYPES
 from onebit.optim import copying
+from onebit.optim.common_facts import common_facts
 from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers, StagedExchange
 from onebit.optim.loading import check_state
+from onebit.optim.loss_scale import unscaled
 from onebit.optim.metrics import Metrics, metrics
 from onebit.optim.options import RightOptions, check_count, check_flags, check_supported
 from onebit.optim.overlap import Overlap, claim, overlapped_bucket_mb
-from onebit.optim.owners import owned_by_another, take_over
+from onebit.optim.owners import take_over
 from onebit.optim.pending import PendingSteps
+from onebit.optim.refusals import check_parameters, refuse_capture, refused, refused_devices
 from onebit.optim.regroup import put_back, take_out
-from onebit.optim.replicas import check_replicas, checksums
-from onebit.optim.state_keys import COUNTS, EXTRA, FORMAT, SCALARS, SHAPED
+from onebit.optim.replicas import check_replicas
+from onebit.optim.restoring import restore_options, restore_tensors
+from onebit.optim.state_keys import EXTRA, FORMAT
 from onebit.optim.untraced import untraced
 
 _log = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         unsupported: Mapping[str, Any] | None = None,
         bucket_mb: float | None = None,
         backend: object = None,
-        codec: SignCodec | None = None,
+        codec: Codec | None = None,
         check_every: int | None = None,
         overlap: bool = False,
     ) -> None:
@@ -235,13 +237,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 an option that was set out of range, or another optimizer has begun to update the same parameters, or a
                 CUDA graph is being captured; nothing was changed.
         """
-        self._refuse_capture()
+        refuse_capture(type(self).__name__)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        refusal = owned_by_another(self, self.backend.rank)
-        self._agree(refusal or self._refused_option() or self._refused_gradient() or self._refused_averages())
+        self._agree(refused(self))
         self._make(self._exchange_all if self._overlap is None else self._overlap.exchange_all)
         return loss
 
@@ -312,11 +313,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
             residual.load_state_dict(saved)
         defaults = [dict(group) for group in self.param_groups]
         super().load_state_dict(dict(state_dict))
-        self._restore_state(state_dict)
-        for group, default in zip(self.param_groups, defaults, strict=True):
-            steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, {})]
-            for key, value in {**default, **self._progress, "step": max(steps, default=0)}.items():
-                group.setdefault(key, value)
+        restore_tensors(self, state_dict)
+        restore_options(self, defaults)
         self._reducers = [self._group_reducers(residual) for residual in residuals]
         self._skipped_steps = extra["skipped_steps"] if extra else 0
         self._start_over()
@@ -385,18 +383,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """This rank's gradients of a group, as they are; or, under a GradScaler, unscaled in new fp32 tensors."""
         if id(group) in self._lent:
             return self._lent[id(group)]
-        given: list[Tensor | None] = [p.grad for p in group["params"]]
-        here = [g for g in given if g is not None]
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if not here or (scale is None and found_inf is None):
-            return given
-        factor = torch.ones((), device=here[0].device)
-        if scale is not None:
-            factor = factor / scale.to(factor)
-        if found_inf is not None:  # this rank's verdict reaches the others as a NaN does
-            factor = torch.where(found_inf.to(factor) > 0, torch.nan, factor)
-        unscaled = iter(torch._foreach_mul([g.float() for g in here], factor))
-        return [None if g is None else next(unscaled) for g in given]
+        return unscaled(self, [p.grad for p in group["params"]])
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's options that are no group's."""
@@ -407,15 +394,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
             "check_every": self._check_every,
             **({} if self._overlap is None else {"overlap": True}),
         }
-
-    def _refuse_capture(self) -> None:
-        """Raise InputError in the capture of a CUDA graph: a replay would count no step and never change its phase."""
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-            raise InputError(
-                f"{type(self).__name__}.step: a CUDA graph is being captured, in which steps would not be counted and "
-                "phases not change; capture forward and backward, and call step after each replay; or capture "
-                "onebit.comm.CompressedAllreduce and onebit.optim.FusedAdam(capturable=True)"
-            )
 
     def _settle(self, exchanges: list[DeviceExchange], made: Tensor) -> None:
         """Leave it to the device whether the step is made."""
@@ -482,65 +460,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self._check_group_options(group)
-        if len(set(group["params"])) != len(group["params"]):
-            raise InputError(f"{type(self).__name__}: a parameter is in its group twice; give each once")
-        devices = {p.device for p in group["params"]}
-        if len(devices) > 1:
-            raise InputError(
-                f"{type(self).__name__}: the parameters of a group are on {' and '.join(sorted(map(str, devices)))}; "
-                "give each device a group of its own"
-            )
-        for index, p in enumerate(group["params"]):
-            if p.dtype not in DTYPES or p.layout != torch.strided:
-                raise InputError(
-                    f"{type(self).__name__}: parameter {index} must be dense float32, bfloat16 or float16, got "
-                    f"{describe(p)} with layout {p.layout}; leave it out or convert it"
-                )
-
-    def _refused_option(self) -> InputError | None:
-        """Why an option that was set since the last look is out of range; None if none is."""
-        for g, group in enumerate(self.param_groups):
-            if self._right_options.changed(g, group):
-                try:
-                    self._check_loaded_options(group)
-                except InputError as error:
-                    return InputError(f"rank {self.backend.rank}: group {g}: {error}")
-                self._right_options.remember(g, group)
-        return None
-
-    def _refused_gradient(self) -> InputError | None:
-        """Why this rank's gradients cannot be averaged; None if they can."""
-        for group in self.param_groups:
-            for index, g in enumerate([p.grad for p in group["params"]]):
-                if g is not None and g.layout is not torch.strided:
-                    return InputError(
-                        f"{type(self).__name__}: the gradient of parameter {index}, {describe(group['params'][index])},"
-                        " is sparse; use dense gradients (sparse=False in nn.Embedding)"
-                    )
-        return None
-
-    def _refused_averages(self) -> InputError | None:
-        """Why this step cannot be made of gradients that another has averaged, or would average; None if it can."""
-        refusal = None if self.averager is None else self.averager.before_step()
-        if refusal is not None or not self.gradients_averaged or self.averages_next_step():
-            return refusal
-        return InputError(
-            f"rank {self.backend.rank}: {type(self).__name__}: the gradients of this step were averaged, but it "
-            "compresses and needs each rank's own: average only if averages_next_step() says so, and change no option "
-            "between backward and step"
-        )
-
-    def _refused_devices(self) -> InputError | None:
-        """Why this rank's parameters cannot travel together; None if they can."""
-        devices = {str(p.device) for group in self.param_groups for p in group["params"]}
-        backend = self.backend
-        if backend.size == 1 or backend.device_type is None or len(devices) < 2:
-            return None
-        return InputError(
-            f"rank {backend.rank}: {type(self).__name__}: there are parameters on {' and '.join(sorted(devices))}, and "
-            f"the {backend.name!r} backend carries those of one {backend.device_type} device; give each device an "
-            "optimizer with a backend of its own"
-        )
+        check_parameters(type(self).__name__, group["params"])
 
     def _agree(self, refusal: InputError | None) -> None:
         """Once per set of groups: all ranks hold the same parameters, values included, and the same options.
@@ -552,46 +472,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
         if refusal is not None and self._agreed:
             raise refusal
         if not self._agreed:
-            refusal = self._refused_devices() or unattached(self) or refusal
-            facts = self._facts() if self.backend.size > 1 and refusal is None else {}
+            refusal = refused_devices(self) or unattached(self) or refusal
+            facts = common_facts(self) if self.backend.size > 1 and refusal is None else {}
             agree(self.backend, f"{type(self).__name__}.step", facts, refusal)
             take_over(self)
         self._agreed = True
-
-    def _facts(self) -> dict[str, str]:
-        facts = {"the codec": str(self._codec), "bucket_mb": str(self._bucket_size())}
-        facts.update({"check_every": str(self._check_every), "overlap": str(self._overlap is not None)})
-        for g, group in enumerate(self.param_groups):
-            facts[f"the number of parameters of group {g}"] = str(len(group["params"]))
-            for key, value in group.items():
-                if key != "params":
-                    facts[f"option {key} of group {g}"] = str(value.tolist() if isinstance(value, Tensor) else value)
-            for i, p in enumerate(group["params"]):
-                facts[f"parameter {i} of group {g}"] = describe(p)
-        for g, group in enumerate(self.param_groups):
-            sums = checksums([self._common_value(p) for p in group["params"]])
-            for i, found in enumerate(sums):
-                facts[f"the values of parameter {i} of group {g} (onebit.comm.broadcast makes them equal)"] = found
-        return facts
 
     def _check_loaded_options(self, group: Mapping[str, Any]) -> None:
         """Options of torch's own optimizers may be there and do not act, but those that change what is computed."""
         check_supported(type(self).__name__, {"amsgrad": group.get("amsgrad")})
         check_flags(type(self).__name__, group, "compress", "master_weights")
         self._check_options(group)
-
-    def _restore_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Undo what torch does to what it loads: here all is fp32, counts are on the CPU, strides the parameter's."""
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, own, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if key in COUNTS:
-                    self.state[p][key] = value.to("cpu", torch.float32, copy=True).view(())
-                elif key in SHAPED and (p.dtype != torch.float32 or value.stride() != p.stride()):
-                    self.state[p][key] = torch.empty_like(p, dtype=torch.float32).copy_(value)
-                elif key in SCALARS and p.dtype != torch.float32:
-                    self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
 
 def _settling(exchanges: list[Exchange], flags: list[Tensor]) -> list[DeviceExchange]:
