@@ -1,11 +1,12 @@
-"""The one table of operators and of the implementations that have them."""
+"""The tables of operators and of the implementations that have them: for signs, and for small numbers."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Protocol, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout
+from onebit.compress.quantizer import Quantizer
 
 _log = logging.getLogger(__name__)
 
@@ -22,12 +24,17 @@ IMPLEMENTATIONS = {
     "cpu": "onebit.compress.cpu.operators",
     "gpu": "onebit.compress.gpu.operators",
 }
+QUANTIZED = {
+    "reference": "onebit.compress.quantized_reference",
+    "cpu": "onebit.compress.quantized_reference",
+    "gpu": "onebit.compress.quantized_reference",
+}
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # the type of device an implementation needs; the reference runs on any
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Kernels(Protocol):
-    """One implementation of every operator; `reference` says what each does. Arguments were checked by the caller."""
+    """One implementation of every operator of `SignCodec`; `reference` says what each does, and nothing is checked."""
 
     name: str
 
@@ -79,27 +86,87 @@ class Kernels(Protocol):
         """Bits to ±1."""
 
 
+class QuantizedKernels(Protocol):
+    """One implementation of every operator of the quantizing codecs; `quantized_reference` says what each does."""
+
+    name: str
+
+    def encode(
+        self,
+        tensors: Sequence[Tensor],
+        residual: Tensor | None,
+        mask: Tensor | None,
+        out: Tensor,
+        layout: Layout,
+        how: Quantizer,
+    ) -> None:
+        """Tensors to one payload per chunk."""
+
+    def reduce_encode(
+        self,
+        payloads: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        out: Tensor,
+        layout: Layout,
+        chunk: int,
+        how: Quantizer,
+    ) -> None:
+        """Every rank's payload of one chunk to the payload of their mean."""
+
+    def undo_reduce(
+        self,
+        payloads: Tensor,
+        residual: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        layout: Layout,
+        chunk: int,
+        keep: Tensor | None,
+        how: Quantizer,
+    ) -> None:
+        """The residual as it was before reduce_encode, unless `keep`."""
+
+    def all_finite(self, payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+        """Whether all scales are finite, 0-dim bool on the device."""
+
+    def decode(
+        self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout, how: Quantizer
+    ) -> None:
+        """One payload per chunk to tensors."""
+
+
 def kernels_for(device: torch.device, name: str | None = None) -> Kernels:
-    """Return the implementation called `name`, or the fastest there is for `device`.
+    """Return the implementation of the sign operators called `name`, or the fastest there is for `device`.
 
     Raises:
         InputError: no implementation has that name, or it does not run on that device.
     """
+    return cast(Kernels, _load(_chosen(device, name, IMPLEMENTATIONS)))
+
+
+def quantized_kernels_for(device: torch.device, name: str | None = None) -> QuantizedKernels:
+    """As `kernels_for`, of the operators of the quantizing codecs."""
+    return cast(QuantizedKernels, _load(_chosen(device, name, QUANTIZED)))
+
+
+def _chosen(device: torch.device, name: str | None, table: Mapping[str, str]) -> str:
+    """The module of the implementation."""
     if name is None:
         name = _fastest(device.type)
-    if name not in IMPLEMENTATIONS:
-        raise InputError(f"no kernels are called {name!r}; there are {', '.join(map(repr, IMPLEMENTATIONS))}")
+    if name not in table:
+        raise InputError(f"no kernels are called {name!r}; there are {', '.join(map(repr, table))}")
     if DEVICES.get(name, device.type) != device.type:
         raise InputError(
             f"the {name!r} kernels run on {DEVICES[name]} tensors, got one on {device}; leave kernels=None to have "
             "them chosen"
         )
-    return _load(name)
+    return table[name]
 
 
 @functools.cache
-def _load(name: str) -> Kernels:
-    return cast(Kernels, importlib.import_module(IMPLEMENTATIONS[name]))
+def _load(module: str) -> ModuleType:
+    return importlib.import_module(module)
 
 
 @functools.cache

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from onebit.compress.layout import Layout, Segment, ceil_div
+from onebit.compress.blocks import gathered, mask_of, real_elements, scales_of, scatter
+from onebit.compress.layout import Layout, ceil_div
 
 name = "reference"
 
@@ -25,11 +26,8 @@ def encode(
     tensors: Sequence[Tensor], residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout, squared: bool
 ) -> None:
     """Write one payload per chunk to `out`; update `residual` (padded, or ending with the last real element)."""
-    values = torch.zeros(layout.padded_numel, device=out.device)
-    for segment in layout.segments:
-        part = tensors[segment.tensor].view(-1)[segment.offset : segment.offset + segment.numel]
-        values[layout.residual_span(segment)] = part.float()
-    real = _real(layout, layout.segments, layout.blocks, out.device)
+    values = gathered(tensors, layout, out.device)
+    real = real_elements(layout, layout.segments, layout.blocks, out.device)
     groups = layout.scale_groups() if layout.shared_scale else None
     _quantize(values, residual, real, mask, out.view(layout.chunks, -1), layout, squared, groups)
 
@@ -45,8 +43,8 @@ def reduce_encode(
     squared: bool,
 ) -> None:
     """Write the payload of the mean of `payloads` (ranks, payload_bytes), all of `chunk`, to `out`."""
-    real = _real(layout, layout.chunk_segments(chunk), layout.chunk_blocks, out.device)
-    mask = _mask_of(mask, layout, chunk)
+    real = real_elements(layout, layout.chunk_segments(chunk), layout.chunk_blocks, out.device)
+    mask = mask_of(mask, layout, chunk)
     groups = layout.scale_groups(chunk) if layout.shared_scale else None
     _quantize(_mean(payloads, layout).view(-1), residual, real, mask, out.view(1, -1), layout, squared, groups)
 
@@ -67,8 +65,8 @@ def undo_reduce(
         keep: 0-dim bool on the same device: nothing is put back where it is true; None: it is put back.
     """
     said = _mean(out.view(1, -1), layout)
-    unchanged = said.isnan() | ~_real(layout, layout.chunk_segments(chunk), layout.chunk_blocks, out.device)
-    dead = _mask_of(mask, layout, chunk)
+    unchanged = said.isnan() | ~real_elements(layout, layout.chunk_segments(chunk), layout.chunk_blocks, out.device)
+    dead = mask_of(mask, layout, chunk)
     if dead is not None:
         unchanged |= unpack_bits(dead).view(unchanged.shape)
     if keep is not None:
@@ -85,15 +83,13 @@ def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], lay
     values = torch.where(signs.view(layout.blocks, layout.block_size), scale, -scale).view(-1)
     if mask is not None:
         values = torch.where(unpack_bits(mask), 0.0, values)
-    for segment in layout.segments:
-        part = tensors[segment.tensor].view(-1)[segment.offset : segment.offset + segment.numel]
-        part.copy_(_rounded(values[layout.residual_span(segment)], part.dtype))
+    scatter(values, tensors, layout)
 
 
 def all_finite(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     """0-dim bool: all scales are finite; each buffer holds whole payloads of its layout, and one of them has blocks."""
     scales = [
-        _scales(p.view(-1, layout.payload_bytes), layout)
+        scales_of(p.view(-1, layout.payload_bytes), layout)
         for p, layout in zip(payloads, layouts, strict=True)
         if layout.blocks
     ]
@@ -203,14 +199,6 @@ def _quantize(
     out[:, layout.bits_bytes : layout.bits_bytes + scale_bytes.shape[1]] = scale_bytes
 
 
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round fp32 values; a NaN keeps its sign, where torch's own conversion to bf16 has one of two other patterns."""
-    if dtype != torch.bfloat16:
-        return values.to(dtype)
-    truncated = (values.view(torch.int32) >> 16).to(torch.int16).view(dtype)
-    return torch.where(values.isnan(), truncated, values.to(dtype))
-
-
 def _mean(payloads: Tensor, layout: Layout) -> Tensor:
     """(chunk_blocks, block_size) fp32: the mean of what payloads (ranks, payload_bytes) of one chunk decode to."""
     ranks = payloads.shape[0]
@@ -222,28 +210,10 @@ def _mean(payloads: Tensor, layout: Layout) -> Tensor:
     return values
 
 
-def _mask_of(mask: Tensor | None, layout: Layout, chunk: int) -> Tensor | None:
-    """The bits of one chunk."""
-    return None if mask is None else mask[chunk * layout.chunk_numel // 8 : (chunk + 1) * layout.chunk_numel // 8]
-
-
 def _sections(payloads: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Split (k, payload_bytes) into (k, chunk_numel) bool signs and (k, chunk_blocks) fp32 scales."""
     signs = unpack_bits(payloads[:, : layout.chunk_numel // 8].contiguous())
-    return signs.view(payloads.shape[0], -1), _scales(payloads, layout).contiguous()
-
-
-def _scales(payloads: Tensor, layout: Layout) -> Tensor:
-    """(k, chunk_blocks) fp32, the scales of (k, payload_bytes) where they lie."""
-    return payloads[:, layout.bits_bytes : layout.bits_bytes + 4 * layout.chunk_blocks].view(torch.float32)
-
-
-def _real(layout: Layout, segments: Iterable[Segment], blocks: int, device: torch.device) -> Tensor:
-    """(blocks, block_size) bool: the elements that are not padding."""
-    real = torch.zeros(blocks * layout.block_size, dtype=torch.bool, device=device)
-    for segment in segments:
-        real[layout.residual_span(segment)] = True
-    return real.view(blocks, layout.block_size)
+    return signs.view(payloads.shape[0], -1), scales_of(payloads, layout).contiguous()
 
 
 def pack_bits(bits: Tensor) -> Tensor:
