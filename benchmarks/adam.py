@@ -133,7 +133,7 @@ def _ours(**options: Any) -> Make:
 
 
 TORCH = (
-    Contestant("torch fused", "torch.optim.AdamW(fused=True)", "fused", _torch(fused=True)),
+    Contestant("torch fused", "torch.optim.AdamW(fused=True)", "fused", _torch(fused=True), roundings=16),
     Contestant("torch foreach", "torch.optim.AdamW(foreach=True)", "foreach", _torch(foreach=True), roundings=16),
     Contestant("torch for-loop", "torch.optim.AdamW(foreach=False)", "for-loop", _torch(foreach=False), roundings=16),
 )

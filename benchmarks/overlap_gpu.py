@@ -29,7 +29,11 @@ EACH = 4  # steps of one measurement
 
 
 def run(options: argparse.Namespace) -> int:
-    """0: measured, and the parameters of all ranks and of steps with overlap and without are equal; 1: not so."""
+    """0: measured, and each model's parameters are equal on all ranks; 1: not so.
+
+    Those of two models are not compared: attention's backward adds up in no fixed order on a GPU. A test compares steps
+    with overlap and without, bit for bit, for gradients that are the same.
+    """
     backend = join("nccl")
     device = torch.device("cuda", torch.cuda.current_device())
     torch.set_float32_matmul_precision("high")
@@ -62,10 +66,8 @@ def run(options: argparse.Namespace) -> int:
         for step in steps.values():
             step()
     seconds = timed_in_turns(steps, backend, options.iters, EACH)
-    # DDP sums in another order than the optimizer, so what is attached to it has bits of its own.
-    sums = {name: _sums(model) for name, (model, _) in made.items() if name not in (DDP, ATTACHED)}
-    everywhere = gather_numbers(backend, [number for found in sums.values() for number in found])
-    equal = len({tuple(found) for found in everywhere}) == 1 and all(s == sums[AFTER] for s in sums.values())
+    everywhere = gather_numbers(backend, [number for model, _ in made.values() for number in _sums(model)])
+    equal = len({tuple(found) for found in everywhere}) == 1
     numel = sum(p.numel() for p in made[DDP][0].parameters())
     if backend.rank == 0:
         figures: dict[str, Any] = {
@@ -76,10 +78,14 @@ def run(options: argparse.Namespace) -> int:
             "iterations": options.iters,
             "tokens per rank": batch * CONTEXT,
             "compiled": options.compile,
-            "buckets": {name: list(optimizer.overlapped) for name, (_, optimizer) in made.items() if name in sums},
+            "buckets": {
+                name: list(optimizer.overlapped)
+                for name, (_, optimizer) in made.items()
+                if name.startswith((AFTER, DURING))
+            },
             "time over DDP": {name: ratio(seconds[name], seconds[DDP]) for name in steps if name != DDP},
             "time over overlap=False": {name: ratio(seconds[name], seconds[AFTER]) for name in steps if name != AFTER},
-            "bit-equal": equal,
+            "replicas bit-equal": equal,
         }
         rows = [row(name, numel, times) for name, times in seconds.items()]
         sockets = "-sockets" if nccl_sockets() else ""

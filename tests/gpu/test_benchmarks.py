@@ -74,7 +74,8 @@ def chosen(backend: Backend) -> tuple[str, list[str], bool]:
     CompressedAllreduce(tensors, backend, mode="plain")(tensors)
     mean = (backend.size - 1) / 2
     right = all(bool((tensor == mean).all()) for tensor in tensors)
-    return str(tune(backend, device="cuda", codec=SignCodec())), list(modes), right
+    measured = str(tune(backend, device="cuda", codec=SignCodec()))
+    return measured.replace(f"cuda:{backend.rank}", "its device"), list(modes), right
 
 
 @needs_two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def resume(backend: Backend, name: str, dtype: torch.dtype, by: str, folder: str
             checkpoint_id=folder,
             process_group=dist.new_group(backend="gloo"),
         )
-    state = optimizer.state_dict() if by == "state_dict" else None
+    state = copy.deepcopy(optimizer.state_dict()) if by == "state_dict" else None  # else it goes on with the run
     train(optimizer, backend.rank, SAVED, STEPS)
 
     other = make(name, backend, dtype)
