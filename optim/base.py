@@ -44,8 +44,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
     number on any rank is skipped by all: parameters and moments stay as they are, error feedback is put back to within
     rounding, and the step is not counted.
 
-    A subclass implements `_exchange` and `_check_options`, and the other hooks below where it needs them. What it must
-    know of a group to go on from a checkpoint is in the group's options or in ``state``, so that torch saves it.
+    A subclass implements `_planned`, `_exchange` and `_check_options`, and the other hooks below where it needs them.
+    What it must know of a group to go on from a checkpoint is in the group's options or in ``state``, so that torch
+    saves it.
 
     `torch.amp.GradScaler` may drive it: ``scaler.step`` always calls `step`, which unscales gradients as it reads them,
     so the ranks agree about a skipped step here. Each rank's scaler follows its own gradients; their scales may differ.
@@ -323,9 +324,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Raise the InputError that `load_state_dict` would raise, and change nothing."""
         check_state(type(self).__name__, state_dict, self.param_groups, self._own_keys, self._check_loaded_options)
 
-    @abstractmethod
     def phase(self, group: int = 0) -> str:
-        """How the next step of a parameter group is made; the subclasses say which phases they have."""
+        """How the next step of a parameter group is planned; the subclasses say which phases they have."""
+        self._pending.wait()
+        return self._planned(self.param_groups[group], self.param_groups[group]["step"])
 
     def _start_over(self) -> None:
         """The next step is made as the first: ranks agree anew."""
@@ -337,6 +339,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _refuse_under_way(self, call: str) -> None:
         if self._overlap is not None:
             self._overlap.refuse_under_way(call)
+
+    @abstractmethod
+    def _planned(self, group: Mapping[str, Any], step: int) -> str:
+        """How a group makes the step that follows its first `step` ones: a function of options and progress alone."""
 
     @abstractmethod
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
@@ -367,7 +373,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
         """Whether a group's next collectives depend on how many of the last `unknown` steps were made."""
-        return unknown > 0
+        return len({self._planned(group, group["step"] + made) for made in range(unknown + 1)}) > 1
 
     def _regrouped(self, index: int) -> None:
         """Parameters that had no state have left this group."""

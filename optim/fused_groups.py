@@ -53,6 +53,9 @@ class FusedGroups(CompressedOptimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._looked_up.clear()  # it holds the states that there were
+        for state in self.state.values():
+            if "step" in state:  # where Adam or AdamW made it, every step updated the variance
+                state.setdefault("variance_step", state["step"].clone())
 
     def _regrouped(self, index: int) -> None:
         group, reducers = self.param_groups[index], self._of_groups()[index]
@@ -80,8 +83,8 @@ class FusedGroups(CompressedOptimizer):
         return self._dead[reducers]
 
     def _raise_variances(self, group: Mapping[str, Any]) -> None:
-        """Put the floor under a group's variances, which the next step uses for a compressed average."""
-        if self.backend.size > 1:
+        """Put the floor under a group's variances if its next step, which does not update them, averages compressed."""
+        if self.backend.size > 1 and not self._averages(group):
             states = [self.state[p] for p in group["params"] if p in self.state]
             variances = [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
             raise_small_variances(variances, group["variance_floor"], self._codec.block_size)

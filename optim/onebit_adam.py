@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,17 +13,17 @@ from torch.optim.adamw import adamw
 from onebit.compress import Codec
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
-from onebit.optim.freeze import PROGRESS, frozen_since, is_frozen, warn_if_too_late
-from onebit.optim.fused_groups import FusedGroups
+from onebit.optim.freeze import frozen_since
+from onebit.optim.freezing import Freezing
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, decay, local_momenta, wanted
-from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step, check_number
+from onebit.optim.options import check_count, check_flags
 from onebit.optim.staged import StagedAverage
 from onebit.optim.state_keys import EXTRA
 from onebit.optim.warmup import WarmupStep
 
 
-class OnebitAdam(FusedGroups):
+class OnebitAdam(Freezing):
     """Adam or AdamW whose ranks exchange about one bit per parameter after a warm-up.
 
     Steps 1 to `freeze_step` are `torch.optim.AdamW` (or Adam) on the mean gradient, which is averaged in fp32. Then the
@@ -40,7 +40,8 @@ class OnebitAdam(FusedGroups):
     one rank nothing is compressed.
 
     Options of a group are those below up to `master_weights`, and ``compress``: False for a group that is to make
-    warm-up's steps for ever, such as one of a few numbers that must be exact.
+    warm-up's steps for ever, such as one of a few numbers that must be exact. `phase` is ``"warmup"``,
+    ``"compressed"``, ``"refresh"`` (see `variance_refresh`) or ``"dense"`` (``compress=False``).
 
     Args:
         params: as for any torch optimizer; fp32, bf16 or fp16, with the same start on every rank. Moments are fp32.
@@ -68,8 +69,6 @@ class OnebitAdam(FusedGroups):
         InputError: an option is out of range or a parameter has an unsupported dtype.
         BackendError: the backend is unknown or cannot be used.
     """
-
-    _progress: ClassVar[Mapping[str, Any]] = {"step": 0, **PROGRESS}
 
     def __init__(
         self,
@@ -119,48 +118,25 @@ class OnebitAdam(FusedGroups):
             overlap=overlap,
         )
 
-    def phase(self, group: int = 0) -> str:
-        """How the next step of a parameter group will be made.
-
-        Returns:
-            ``"warmup"``, ``"compressed"``, ``"refresh"`` (see `variance_refresh`) or ``"dense"`` (``compress=False``).
-        """
-        self._pending.wait()
-        return _phase(self.param_groups[group], self.param_groups[group]["step"])
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        warn_if_too_late("OnebitAdam", self.param_groups[-1])
-
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "step" in state:  # where Adam or AdamW made it, every step updated the variance
-                state.setdefault("variance_step", state["step"].clone())
         if EXTRA not in state_dict:
             for group in self.param_groups:
-                if _phase(group, group["step"]) == "compressed":
-                    self._raise_variances(group)
+                self._raise_variances(group)
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        check_adam_options("OnebitAdam", group)
-        check_flags("OnebitAdam", group, "adamw_mode", "bias_correction", "maximize")
-        check_freeze_step("OnebitAdam", group["freeze_step"])
-        check_count("OnebitAdam", "total_steps", group["total_steps"], "the length of the training")
+        super()._check_options(group)
+        check_flags("OnebitAdam", group, "adamw_mode")
         check_count("OnebitAdam", "variance_refresh", group["variance_refresh"], "steps between two, 0 for none", 0)
-        check_number("OnebitAdam", "variance_floor", group["variance_floor"], 0.0, 1.0)
 
-    def _is_staged(self, group: Mapping[str, Any]) -> bool:
-        return True
-
-    def _averages(self, group: Mapping[str, Any]) -> bool:
-        return _phase(group, group["step"]) != "compressed"
-
-    def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
-        return len({_phase(group, group["step"] + made) for made in range(unknown + 1)}) > 1
+    def _planned(self, group: Mapping[str, Any], step: int) -> str:
+        phase, every = super()._planned(group, step), group["variance_refresh"]
+        if phase == "compressed" and every and (step + 1 - (frozen_since(group) or 0)) % every == 0:
+            return "refresh"
+        return phase
 
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
-        phase = _phase(group, group["step"])
+        phase = self._planned(group, group["step"])
         if phase == "compressed":
             frozen = _Frozen(self, group, reducers)
             fused = self._fused_step(group, reducers, frozen.known, frozen.own_gradients)
@@ -173,21 +149,8 @@ class OnebitAdam(FusedGroups):
         return _Dense(self, group, reducers)
 
 
-def _phase(group: Mapping[str, Any], step: int) -> str:
-    """How a group makes the step that follows its first `step` ones: a function of its options and progress alone."""
-    if not group["compress"]:
-        return "dense"
-    if not is_frozen(group, step):
-        return "warmup"
-    every = group["variance_refresh"]
-    return "refresh" if every and (step + 1 - (frozen_since(group) or 0)) % every == 0 else "compressed"
-
-
 class _Dense(WarmupStep):
     """Adam's own step on gradients averaged in fp32."""
-
-    def _next_phase(self) -> str:
-        return _phase(self._group, self._group["step"])
 
     def _update(self, used: Sequence[int]) -> None:
         group = self._group
@@ -313,8 +276,7 @@ class _Refresh:
             ages = [every * mean.present[i] for i in known.indices]
             _take_in(group, known.params, known.states, [mean.means[i] for i in known.indices], ages)
             _move(group, known.params, known.states)
-        if _phase(group, group["step"]) == "compressed":
-            optimizer._raise_variances(group)
+        optimizer._raise_variances(group)
 
 
 States = Sequence[dict[str, Any]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,18 +11,16 @@ from torch import Tensor
 from onebit.compress import Codec, InputError
 from onebit.optim import lamb
 from onebit.optim.exchange import Exchange, GroupReducers
-from onebit.optim.freeze import PROGRESS, is_frozen, warn_if_too_late
-from onebit.optim.fused_groups import FusedGroups
+from onebit.optim.freezing import Freezing
 from onebit.optim.fused_lamb import FusedLamb, lamb_kernels
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
-from onebit.optim.options import check_adam_options, check_count, check_flags, check_freeze_step, check_number
 from onebit.optim.staged import StagedAverage
 from onebit.optim.state_keys import LAYERWISE
 from onebit.optim.warmup import WarmupStep
 
 
-class OnebitLamb(FusedGroups):
+class OnebitLamb(Freezing):
     """LAMB whose ranks exchange about one bit per parameter after a warm-up.
 
     Steps 1 to `freeze_step` are LAMB on the mean gradient, which is averaged in fp32: with u = m̂/(√v̂ + ε) + λ·x, each
@@ -43,6 +41,7 @@ class OnebitLamb(FusedGroups):
     parameter that had no gradient on any rank during warm-up is left alone until `add_param_group` gives it a warm-up
     of its own. After the freeze a gradient that is None counts as zero: momentum and weight decay still move the
     parameter, so put layers that are to stand still in a group whose lr is 0 then. With one rank nothing is compressed.
+    `phase` is ``"warmup"``, ``"compressed"`` or, with ``compress=False`` in a group, ``"dense"``.
 
     Args:
         params: as for any torch optimizer; fp32, bf16 or fp16, with the same start on every rank. Moments are fp32.
@@ -72,7 +71,6 @@ class OnebitLamb(FusedGroups):
         BackendError: the backend is unknown or cannot be used.
     """
 
-    _progress: ClassVar[Mapping[str, Any]] = {"step": 0, **PROGRESS}
     _own_keys = LAYERWISE
 
     def __init__(
@@ -132,11 +130,6 @@ class OnebitLamb(FusedGroups):
             overlap=overlap,
         )
 
-    def phase(self, group: int = 0) -> str:
-        """``"warmup"``, ``"compressed"`` or, with ``compress=False``, ``"dense"``: how a group's next step is made."""
-        self._pending.wait()
-        return _phase(self.param_groups[group], self.param_groups[group]["step"])
-
     @property
     def kernels(self) -> str:
         """What makes compressed steps: ``"gpu"``, fused kernels, or ``"torch"``, its operations.
@@ -147,10 +140,6 @@ class OnebitLamb(FusedGroups):
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         fused = lamb_kernels(device, self._codec) if self.backend.size > 1 else None
         return "torch" if fused is None else fused.name
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        warn_if_too_late("OnebitLamb", self.param_groups[-1])
 
     def lamb_coefficients(self, group: int = 0) -> dict[str, Tensor]:
         """What each of the k parameter tensors' updates of a group is multiplied by, beside lr.
@@ -166,9 +155,6 @@ class OnebitLamb(FusedGroups):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._layers.clear()
-        for state in self.state.values():
-            if "step" in state:  # where Adam made it, every step updated the variance
-                state.setdefault("variance_step", state["step"].clone())
 
     def _layers_of(self, group: Mapping[str, Any]) -> lamb.Layers:
         """The per-tensor numbers of a group."""
@@ -186,24 +172,11 @@ class OnebitLamb(FusedGroups):
             self._layers_of(self.param_groups[index]).dead = before.dead
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        check_adam_options("OnebitLamb", group)
-        check_flags("OnebitLamb", group, "bias_correction", "maximize")
-        check_freeze_step("OnebitLamb", group["freeze_step"])
-        check_count("OnebitLamb", "total_steps", group["total_steps"], "the length of the training")
-        check_number("OnebitLamb", "variance_floor", group["variance_floor"], 0.0, 1.0)
+        super()._check_options(group)
         _check_lamb_options(group)
 
-    def _is_staged(self, group: Mapping[str, Any]) -> bool:
-        return True
-
-    def _averages(self, group: Mapping[str, Any]) -> bool:
-        return _phase(group, group["step"]) != "compressed"
-
-    def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
-        return len({_phase(group, group["step"] + made) for made in range(unknown + 1)}) > 1
-
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
-        if _phase(group, group["step"]) == "compressed":
+        if self._planned(group, group["step"]) == "compressed":
             return self._fused_exchange(group, reducers) or _Compressed(self, group, reducers)
         self._unfuse(group, reducers)
         self._forget_dead(reducers)
@@ -228,20 +201,10 @@ class OnebitLamb(FusedGroups):
         return fused.exchange(group, known, known.of(gradients))
 
 
-def _phase(group: Mapping[str, Any], step: int) -> str:
-    """How a group makes the step that follows its first `step` ones: a function of its options and progress alone."""
-    if not group["compress"]:
-        return "dense"
-    return "compressed" if is_frozen(group, step) else "warmup"
-
-
 class _Dense(WarmupStep):
     """LAMB's own step on gradients averaged in fp32."""
 
     _optimizer: OnebitLamb
-
-    def _next_phase(self) -> str:
-        return _phase(self._group, self._group["step"])
 
     def _update(self, used: Sequence[int]) -> None:
         group = self._group

@@ -46,13 +46,8 @@ class WarmupStep(ABC):
             self._update(used)
         if self._mean.note is not None:
             observe(self._group, self._mean.note, self._rank)
-        if self._next_phase() == "compressed":
-            self._optimizer._raise_variances(self._group)
+        self._optimizer._raise_variances(self._group)
 
     @abstractmethod
     def _update(self, used: Sequence[int]) -> None:
         """Update the group's parameters of these indices, for which some rank has a gradient, and their moments."""
-
-    @abstractmethod
-    def _next_phase(self) -> str:
-        """How the group makes the step after this one."""

@@ -56,8 +56,9 @@ class ZeroOneAdam(FusedGroups):
       `CompressedAllreduce` and x_last is what x was when the ranks last agreed.
 
     Until `var_freeze_step` every step is a variance step or a synchronised one; then the variance is frozen and local
-    steps begin. `onebit.optim.policies` has both schedules. Algorithm: Lu et al. 2022, arXiv 2202.06009. Do not average
-    gradients yourself; a model in `DistributedDataParallel` needs `onebit.comm.ddp.attach`.
+    steps begin. `onebit.optim.policies` has both schedules; `phase` is ``"variance"``, ``"sync"`` or ``"local"``.
+    Algorithm: Lu et al. 2022, arXiv 2202.06009. Do not average gradients yourself; a model in `DistributedDataParallel`
+    needs `onebit.comm.ddp.attach`.
 
     **Between synchronisations the parameters of ranks differ.** Call `synchronize` before you evaluate or save a model
     that all ranks are to share; a checkpoint to go on from needs every rank's own parameters and state. During an
@@ -158,11 +159,6 @@ class ZeroOneAdam(FusedGroups):
         self._unheard.wait()
         return self._left_out_steps
 
-    def phase(self, group: int = 0) -> str:
-        """How the next step of a parameter group is planned: ``"variance"``, ``"sync"`` or ``"local"``."""
-        self._pending.wait()
-        return _kind(self.param_groups[group], self.param_groups[group]["step"])
-
     @untraced
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -197,9 +193,6 @@ class ZeroOneAdam(FusedGroups):
         super().load_state_dict(state_dict)
         self._unheard.wait()
         self._left_out_steps = state_dict.get(EXTRA, {}).get("left_out_steps", 0)
-        for state in self.state.values():
-            if "step" in state:  # where Adam or AdamW made it, every step updated the variance
-                state.setdefault("variance_step", state["step"].clone())
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         check_adam_options("ZeroOneAdam", group)
@@ -208,14 +201,14 @@ class ZeroOneAdam(FusedGroups):
         _policies(group)
 
     def _averages(self, group: Mapping[str, Any]) -> bool:
-        return _kind(group, group["step"]) == "variance" and not is_open(self._known(group).states)
+        return self._planned(group, group["step"]) == "variance" and not is_open(self._known(group).states)
 
-    def _schedule_depends_on(self, group: Mapping[str, Any], unknown: int) -> bool:
-        return len({_kind(group, group["step"] + made) for made in range(unknown + 1)}) > 1
+    def _planned(self, group: Mapping[str, Any], step: int) -> str:
+        return _phase(tuple(group[name] for name in _SCHEDULE), step)
 
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
         known = self._known(group)
-        kind, within = _kind(group, group["step"]), is_open(known.states)
+        kind, within = self._planned(group, group["step"]), is_open(known.states)
         if kind == "sync" and self.backend.size > 1:
             make = self._fused_interval if within else self._fused_step
             fused = make(group, reducers, known, self._known_gradients(group, reducers, known))
@@ -230,7 +223,7 @@ class ZeroOneAdam(FusedGroups):
         return _Sync(self, group, reducers, known)
 
     def _is_staged(self, group: Mapping[str, Any]) -> bool:
-        return _kind(group, group["step"]) != "local"
+        return self._planned(group, group["step"]) != "local"
 
     def _look_at_others(
         self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
@@ -356,8 +349,7 @@ class _Variance:
         move(values, momenta, variances, Reach.of(states, counts, group), group["eps"])
         torch._foreach_add_([s["step"] for s in states], 1.0)
         write_back(params, values)
-        if _kind(group, group["step"]) != "variance":
-            optimizer._raise_variances(group)
+        optimizer._raise_variances(group)
 
 
 class _Local:
@@ -483,14 +475,9 @@ def _policies(group: Mapping[str, Any]) -> tuple[VariancePolicy, SyncPolicy]:
     )
 
 
-def _kind(group: Mapping[str, Any], step: int) -> str:
-    """How a group makes the step that follows its first `step` ones: a function of its options and progress alone."""
-    return _planned(tuple(group[name] for name in _SCHEDULE), step)
-
-
 @functools.lru_cache(maxsize=1024)  # a step asks several times
-def _planned(schedule: tuple[int, ...], step: int) -> str:
-    """As `_kind`, from the options that _SCHEDULE names."""
+def _phase(schedule: tuple[int, ...], step: int) -> str:
+    """As `ZeroOneAdam._planned`, from the options that _SCHEDULE names."""
     group = dict(zip(_SCHEDULE, schedule, strict=True))
     variance, sync = _policies(group)
     if not group["compress"] or variance.updates(step + 1):

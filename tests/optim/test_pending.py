@@ -59,6 +59,9 @@ class Descent(CompressedOptimizer):
 
     def _check_options(self, group: Mapping[str, Any]) -> None: ...
 
+    def _planned(self, group: Mapping[str, Any], step: int) -> str:
+        return f"step {step}"
+
     def _count_made(self, group: dict[str, Any]) -> None:
         self.counted += 1
 
