@@ -18,6 +18,8 @@ from tests.comm.rank import run_rank
 
 
 def main() -> None:
+    import torch._dynamo  # noqa: F401  which torch imports when the first optimizer is made, in seconds
+
     with contextlib.suppress(ImportError):
         import numba  # noqa: F401  which the ranks would import one by one
     for line in sys.stdin:
