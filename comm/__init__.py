@@ -9,15 +9,26 @@ from onebit.comm.errors import BackendError, MismatchError, TransportError
 from onebit.comm.part import Part
 from onebit.comm.registry import make_backend
 from onebit.comm.residual import Residual
+from onebit.comm.scatter import (
+    AllGatherWork,
+    CompressedAllGather,
+    CompressedReduceScatter,
+    ReduceScatterWork,
+    compressed_all_gather,
+    compressed_reduce_scatter,
+)
 from onebit.comm.stats import Stats
 from onebit.comm.threads_backend import run_threads
 from onebit.comm.tuning import Tuning, tune
 from onebit.compress.errors import InputError, OnebitError
 
 __all__ = [
+    "AllGatherWork",
     "Backend",
     "BackendError",
+    "CompressedAllGather",
     "CompressedAllreduce",
+    "CompressedReduceScatter",
     "CompressedWork",
     "DenseAllreduce",
     "DenseWork",
@@ -25,6 +36,7 @@ __all__ = [
     "MismatchError",
     "OnebitError",
     "Part",
+    "ReduceScatterWork",
     "Residual",
     "Stats",
     "Traffic",
@@ -33,7 +45,9 @@ __all__ = [
     "Work",
     "agree",
     "broadcast",
+    "compressed_all_gather",
     "compressed_allreduce",
+    "compressed_reduce_scatter",
     "make_backend",
     "run_threads",
     "tune",

@@ -8,33 +8,30 @@ Two-phase compressed averaging with error feedback on both sides: Tang et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from onebit.comm.auto import BucketMode, Mode, check_mode, choose, mode_fact
-from onebit.comm.backend import Backend
+from onebit.comm.auto import Mode
 from onebit.comm.bucket import Bucket
+from onebit.comm.bucket_size import BUCKET_MB as BUCKET_MB
+from onebit.comm.bucket_size import bucket_mb_for as bucket_mb_for
+from onebit.comm.levels import LocalGroup
 from onebit.comm.part import Part
-from onebit.comm.plain import PlainBucket, PlainPart
-from onebit.comm.residual import Place, Residual
-from onebit.comm.stats import Stats, fp32_bytes
-from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, all_finite, as_list, check_same, resolve
-from onebit.compress.codec import Codec, as_codec
+from onebit.comm.plain import PlainPart
+from onebit.comm.planned import Planned
+from onebit.comm.residual import Residual
+from onebit.comm.stats import fp32_bytes
+from onebit.comm.tensors import Tensors, all_finite, as_list, check_same
+from onebit.compress.codec import Codec
 from onebit.compress.errors import InputError
-from onebit.compress.layout import Layout
 
 STAGES = ("encode", "all_to_all", "reduce_encode", "all_gather", "decode")  # keys of Stats.seconds
-
-# A bucket should travel about as long as the next one takes to encode. Between hosts that is a few milliseconds; over
-# NVLink it is less than the 0.2 ms that it takes to launch a bucket's work, so there buckets only keep buffers small.
-BUCKET_MB = {"cpu": 16.0, "cuda": 512.0}
+LOCAL_STAGES = ("local_mean", "local_gather")  # and inside a node, where there are two levels
 
 
-class CompressedAllreduce:
+class CompressedAllreduce(Planned):
     """Averages a fixed list of tensors over ranks, compressed, with error feedback; collective to make and to call.
 
     Buffers are allocated here, once, and keep their addresses. With one rank the average is the tensor itself:
@@ -47,13 +44,19 @@ class CompressedAllreduce:
         codec: what goes on the wire.
         mode: ``"compressed"``; ``"plain"``: the transport sums float32, and error feedback waits; ``"auto"``: per
             bucket whichever `tune` finds faster here, which it measures first, in seconds, unless it has before.
+        local_group: which ranks are one node, so that fp32 travels inside nodes and compressed payloads of a k-th of
+            the elements per rank between them; every rank of a node's k keeps error feedback of its k-th alone. None:
+            all ranks are one level. ``"auto"``: those that the launcher has started on one machine. An int: so many
+            neighbouring ranks. A Backend: the group of this rank's node. All nodes have as many ranks. With one node
+            the transport sums float32, as in ``mode="plain"``.
         bucket_mb: MiB of fp32 per bucket; None: 16 for CPU tensors, 512 for CUDA tensors. Buckets are pipelined: one's
             kernels run while another's bytes travel. The size changes no result but what ``"auto"`` picks.
         residual: error feedback to carry on; None: start from zero.
 
     Attributes:
         backend: the resolved Backend.
-        residual: the error feedback.
+        residual: the error feedback; with `local_group` that of this rank's slice between nodes.
+        levels: with `local_group` the groups inside and between nodes, each with its own `traffic`; else None.
         modes: ``"compressed"`` or ``"plain"`` for each bucket, the same on every rank.
         stats: bytes and times so far.
 
@@ -71,33 +74,20 @@ class CompressedAllreduce:
         codec: Codec | None = None,
         *,
         mode: Mode = "compressed",
+        local_group: LocalGroup = None,
         bucket_mb: float | None = None,
         residual: Residual | None = None,
     ) -> None:
-        check_mode(mode)
-        tensors = as_list(like)
-        self.codec = as_codec(codec)
-        self.backend: Backend = resolve(tensors, backend)
-        if not isinstance(residual, (Residual, NoneType)):
-            raise InputError(f"residual must be an onebit.comm.Residual or None, got {type(residual).__name__}")
-        self.residual = Residual() if residual is None else residual
-        bucket_mb = bucket_mb_for(tensors, bucket_mb)
-        place = self._plan(tensors, max(int(bucket_mb * 2**20) // 4, 1))
-        fact = mode_fact(mode, self.backend, place.device, self.codec)
-        options = {"codec": self.codec, "bucket_mb": bucket_mb, "mode": fact}
-        agree_on_tensors(self.backend, "CompressedAllreduce", tensors, options, self.residual.refusal(place))
-        self.stats = Stats()
-        self._like = [Kind.of(t) for t in tensors]
-        self._device = place.device
-        self._numel = sum(place.numels)
-        self._operators = self.codec.unchecked(place.device)
-        numels = [layout.numel for layout in place.layouts]
-        self.modes: Sequence[BucketMode] = choose(mode, numels, self.backend, place.device, self.codec)
-        self._buckets = self._make_buckets(place)
-        self._masks: Sequence[Tensor] | None = None
-        self._staging: dict[int, Tensor] = {}
+        super().__init__(
+            like, backend, codec, mode=mode, local_group=local_group, bucket_mb=bucket_mb, residual=residual
+        )
         self._flight: CompressedWork | None = None
-        self._stages = {name: self.stats.stage(name, self.backend, self._undo_flight) for name in STAGES}
+        two = self.levels if self.levels is not None and self.levels.compresses else None
+        carrier = self.backend if two is None else two.between
+        self._stages = {name: self.stats.stage(name, carrier, self._undo_flight) for name in STAGES}
+        if two is not None:
+            for name in LOCAL_STAGES:
+                self._stages[name] = self.stats.stage(name, two.inside, self._undo_flight, local=True)
 
     def __call__(self, tensors: Tensors) -> None:
         """Replace `tensors` by their mean over ranks, in place; see `start`."""
@@ -140,6 +130,7 @@ class CompressedAllreduce:
 
         Args:
             encode: called once per part, in order; its work is queued on torch's current stream.
+                With `local_group`, where the mean of a node is encoded, it has to call the one of `encoding`.
             undo: puts `residual` of a part that was encoded back; called by `CompressedWork.undo`, and when the
                 transport fails. None: the caller does it where it catches the `TransportError`.
             overlap: as for `start`.
@@ -173,56 +164,6 @@ class CompressedAllreduce:
         """What travels together, in order, with buffers that keep their addresses; none with one rank."""
         return [bucket.part for bucket in self._buckets]
 
-    def set_mask(self, masks: Sequence[Tensor] | None) -> None:
-        """Take elements out of the average from now on: they are sent as nothing, hold no residual and become 0.
-
-        Args:
-            masks: one bool tensor per tensor, True for an element that takes no part, the same on every rank; None: all
-                take part.
-
-        Raises:
-            InputError: wrong number, dtype or size of masks.
-        """
-        if masks is not None and len(masks) != len(self._like):
-            raise InputError(f"set_mask: expected {len(self._like)} masks, one per tensor, got {len(masks)}")
-        self._masks = None if self._buckets else masks  # buckets keep theirs as bits
-        for bucket in self._buckets:
-            bucket.set_mask(masks)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the error feedback of this rank; every rank has its own to save."""
-        return self.residual.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the error feedback of the same rank and world size; see `Residual.load_state_dict`."""
-        self.residual.load_state_dict(state)
-
-    def _plan(self, tensors: Sequence[Tensor], bucket_numel: int) -> Place:
-        """How these tensors are laid out in buckets; with one rank in none."""
-        layouts: list[Layout] = []
-        dtypes = sorted({t.dtype for t in tensors}, key=str) if self.backend.size > 1 else []
-        for dtype in dtypes:  # a bucket holds one dtype; the other tensors count as empty
-            numels = [t.numel() if t.dtype == dtype else 0 for t in tensors]
-            planned = self.codec.plan(numels, self.backend.size, bucket_numel)
-            layouts += [layout for layout in planned if layout.blocks]
-        return Place(
-            numels=tuple(t.numel() for t in tensors),
-            layouts=tuple(layouts),
-            rank=self.backend.rank,
-            world_size=self.backend.size,
-            device=tensors[0].device if tensors else torch.device("cpu"),
-            feedback=self.codec.error_feedback,
-        )
-
-    def _make_buckets(self, place: Place) -> list[Bucket]:
-        self.residual.bind(place)
-        kinds = [PlainBucket if mode == "plain" else Bucket for mode in self.modes]
-        parts = zip(kinds, place.layouts, self.residual.per_bucket(), strict=True)
-        return [
-            kind(self._operators, layout, self.backend, worker, server, place.device)
-            for kind, layout, (worker, server) in parts
-        ]
-
     def _check_idle(self) -> None:
         if self._flight is not None:
             raise InputError(
@@ -243,17 +184,6 @@ class CompressedAllreduce:
         if self._flight is not None:
             self._flight._put_back(self._flight._undo_encode)
 
-    def _rows(self, tensors: Sequence[Tensor], copy: bool) -> list[Tensor]:
-        """The tensors in row-major order: themselves, or for other strides a buffer, filled if `copy`."""
-        rows = []
-        for index, t in enumerate(tensors):
-            if not t.is_contiguous():
-                if index not in self._staging:
-                    self._staging[index] = torch.empty_like(t, memory_format=torch.contiguous_format)
-                t = self._staging[index].copy_(t) if copy else self._staging[index]
-            rows.append(t)
-        return rows
-
     def _done(self, targets: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
         """Copy results from row-major order to where they belong, and allow the next start."""
         for target, row in zip(targets, rows, strict=True):
@@ -263,12 +193,6 @@ class CompressedAllreduce:
             for target, mask in zip(targets, self._masks, strict=True):
                 target.masked_fill_(mask, 0.0)
         self._flight = None
-
-    def _taking_part(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The tensors with 0 for what is masked."""
-        if self._masks is None:
-            return tensors
-        return [t.masked_fill(mask, 0.0) for t, mask in zip(tensors, self._masks, strict=True)]
 
 
 class CompressedWork:
@@ -308,7 +232,7 @@ class CompressedWork:
         """
         self._to_send.discard(index)
         self._buckets[index].spoil()
-        with self._stages["all_to_all"]:
+        with self._stages[self._buckets[index].first_stage]:
             self._buckets[index].exchange(in_line=False)
 
     def pass_on(self, index: int) -> None:
@@ -320,6 +244,7 @@ class CompressedWork:
         in_line = len(self._buckets) == 1  # what follows waits for it
         bucket = self._buckets[index]
         self._to_pass_on.discard(index)
+        bucket.send_on(self._stages)
         with self._stages["all_to_all"]:
             bucket.wait_exchange()
         with self._stages["reduce_encode"]:
@@ -449,16 +374,20 @@ class CompressedWork:
         bucket = self._buckets[index]
         with self._stages["encode"]:
             bucket.encode(self._encode)
-        with self._stages["all_to_all"]:
+        with self._stages[bucket.first_stage]:
             bucket.exchange(in_line)
 
     def _reduce(self) -> None:
         self._send_all()
         for index in sorted(self._to_pass_on):
+            self._buckets[index].send_on(self._stages)
+        for index in sorted(self._to_pass_on):
             self.pass_on(index)
+        for bucket in self._buckets:
+            bucket.bring_home(self._stages)
 
     def _receive(self, bucket: Bucket) -> None:
-        with self._stages["all_gather"]:
+        with self._stages[bucket.last_stage]:
             bucket.wait_gather()
 
     def _decode(self, bucket: Bucket, rows: Sequence[Tensor]) -> None:
@@ -507,16 +436,3 @@ def compressed_allreduce(
     """
     CompressedAllreduce(tensor, backend, codec, residual=residual)(tensor)
     return tensor
-
-
-def bucket_mb_for(tensors: Sequence[Tensor], bucket_mb: float | None) -> float:
-    """Return the bucket size for these tensors: the one given, or None: the default for their device.
-
-    Raises:
-        InputError: not a positive number.
-    """
-    if bucket_mb is None:
-        return BUCKET_MB.get(tensors[0].device.type if tensors else "cpu", BUCKET_MB["cpu"])
-    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)) or not 0 < bucket_mb < float("inf"):
-        raise InputError(f"bucket_mb must be a positive number of MiB, got {bucket_mb!r}")
-    return float(bucket_mb)

@@ -267,8 +267,12 @@ class Backend(ABC):
         members = [rank for rank, other in enumerate(colors) if other == color]
         with self.guard("split"), self.limited("split"):
             part = self._part(members)
-        part._order = self._order
+        part.join_order(self)
         return part
+
+    def join_order(self, other: Backend) -> None:
+        """From now on a collective that fails in one of both groups breaks both on this rank."""
+        self._order = other._order
 
     def carries(self, device: torch.device) -> bool:
         """Whether it carries tensors on `device`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from onebit.comm.backend import Backend, Work
 from onebit.comm.part import Part
+from onebit.comm.stats import Stage
 from onebit.compress.codec import Operators
 from onebit.compress.layout import Layout
 from onebit.compress.masks import pack_mask
@@ -29,8 +30,14 @@ class Bucket:
 
     Attributes:
         part: what others see of it.
+        payloads: (ranks, payload_bytes) uint8, what phase 1 brings: every rank's payload of this rank's chunk.
+        mine: (payload_bytes,) uint8, what phase 2 sends.
+        server: as given.
         encoded: it has been encoded, and neither consumed nor undone since.
+        first_stage, last_stage: of `Stats.seconds`, in which it is first sent and in which all of it comes.
     """
+
+    first_stage, last_stage = "all_to_all", "all_gather"
 
     def __init__(
         self,
@@ -43,13 +50,13 @@ class Bucket:
     ) -> None:
         self._operators = operators
         self._rank = backend.rank
-        self._server = server
+        self.server = server
         ranks, size = backend.size, layout.payload_bytes
         sent, self._received, gathered = torch.zeros(3, ranks * size, dtype=torch.uint8, device=device)
-        self._payloads = self._received.view(ranks, size)
-        self._mine = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.payloads = self._received.view(ranks, size)
+        self.mine = torch.zeros(size, dtype=torch.uint8, device=device)
         self._all_to_all = backend.prepare_all_to_all(self._received, sent)
-        self._all_gather = backend.prepare_all_gather(gathered, self._mine)
+        self._all_gather = backend.prepare_all_gather(gathered, self.mine)
         self._exchange: Work | None = None
         self._gather: Work | None = None
         self._reduced = False
@@ -76,6 +83,15 @@ class Bucket:
         encode(self.part)
         self.encoded, self._reduced = True, False
 
+    def encode_mean(self, encode: Callable[[], None]) -> None:
+        """Have `mine` filled and the server's error feedback updated, where there was no phase 1."""
+        encode()
+        self.encoded, self._reduced = True, False
+
+    def begin(self) -> None:
+        """What was encoded before is over."""
+        self.encoded = self._reduced = False
+
     def spoil(self) -> None:
         """Have the send buffer say NaN, in place of `encode`."""
         self.part.sent.fill_(0xFF)
@@ -85,6 +101,9 @@ class Bucket:
         """Start phase 1; `in_line` as for `Collective.start`."""
         self._exchange = self._all_to_all.start(in_line=in_line)
 
+    def send_on(self, stages: Mapping[str, Stage]) -> None:
+        """Start what comes between `exchange` and `wait_exchange`, once: nothing on one level."""
+
     def wait_exchange(self) -> None:
         """Wait for phase 1."""
         if self._exchange is not None:
@@ -93,12 +112,15 @@ class Bucket:
     def reduce_encode(self) -> None:
         """Encode the mean of what came."""
         mask, layout = self.part.mask, self.part.layout
-        self._operators.reduce_encode(self._payloads, self._server, mask, self._mine, layout, self._rank)
+        self._operators.reduce_encode(self.payloads, self.server, mask, self.mine, layout, self._rank)
         self._reduced = True
 
     def gather(self, in_line: bool) -> None:
         """Start phase 2; `in_line` as for `Collective.start`."""
         self._gather = self._all_gather.start(in_line=in_line)
+
+    def bring_home(self, stages: Mapping[str, Stage]) -> None:
+        """Start what comes between `gather` and `wait_gather`: nothing on one level."""
 
     def wait_gather(self) -> None:
         """Wait for phase 2."""
@@ -111,7 +133,7 @@ class Bucket:
         Args:
             keep: 0-dim bool on the bucket's device: where it is true nothing is put back; None: it is put back.
         """
-        if self._reduced and self._server is not None:
+        if self._reduced and self.server is not None:
             mask, layout, rank = self.part.mask, self.part.layout, self._rank
-            self._operators.undo_reduce(self._payloads, self._server, mask, self._mine, layout, rank, keep)
+            self._operators.undo_reduce(self.payloads, self.server, mask, self.mine, layout, rank, keep)
         self._reduced = False

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.backend import Backend, Work
+from onebit.comm.bucket_size import bucket_mb_for
 from onebit.comm.stats import Stage, Stats, fp32_bytes
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, as_list, check_same, resolve
 from onebit.compress.errors import InputError

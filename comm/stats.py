@@ -17,6 +17,7 @@ class Stats:
         calls: averages started.
         collectives: collectives started.
         wire_bytes: bytes this rank handed to the transport, as the backend counted them.
+        local_bytes: how many of them stayed inside a node, where an average has two levels.
         dense_bytes: bytes it would have sent to average the same tensors in fp32: 2(n - 1)/n · 4 per element.
         seconds: host time per stage; on CUDA the time to launch, because nothing here waits for the device.
     """
@@ -24,6 +25,7 @@ class Stats:
     calls: int = 0
     collectives: int = 0
     wire_bytes: int = 0
+    local_bytes: int = 0
     dense_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -35,6 +37,7 @@ class Stats:
             total.calls += part.calls
             total.collectives += part.collectives
             total.wire_bytes += part.wire_bytes
+            total.local_bytes += part.local_bytes
             total.dense_bytes += part.dense_bytes
             for stage, seconds in part.seconds.items():
                 total.seconds[stage] = total.seconds.get(stage, 0.0) + seconds
@@ -44,23 +47,30 @@ class Stats:
         """Start counting anew."""
         self.__init__()  # type: ignore[misc]
 
-    def stage(self, name: str, backend: Backend, on_failure: Callable[[], None] | None = None) -> Stage:
+    def stage(
+        self, name: str, backend: Backend, on_failure: Callable[[], None] | None = None, *, local: bool = False
+    ) -> Stage:
         """Count the time and the traffic of `with` blocks under `name`; one can be entered again and again.
 
         Args:
+            backend: what carries what is sent in the block.
             on_failure: called when the block ends with an exception.
+            local: what is sent stays inside a node.
         """
-        return Stage(self, name, backend, on_failure)
+        return Stage(self, name, backend, on_failure, local)
 
 
 class Stage:
     """What `Stats.stage` returns; a class, for an average enters one seven times and a generator costs more."""
 
-    def __init__(self, stats: Stats, name: str, backend: Backend, on_failure: Callable[[], None] | None) -> None:
+    def __init__(
+        self, stats: Stats, name: str, backend: Backend, on_failure: Callable[[], None] | None, local: bool
+    ) -> None:
         self._stats = stats
         self._name = name
         self._traffic = backend.traffic
         self._on_failure = on_failure
+        self._local = local
 
     def __enter__(self) -> None:
         self._collectives = self._traffic.collectives
@@ -71,7 +81,10 @@ class Stage:
         seconds = self._stats.seconds
         seconds[self._name] = seconds.get(self._name, 0.0) + time.perf_counter() - self._since
         self._stats.collectives += self._traffic.collectives - self._collectives
-        self._stats.wire_bytes += self._traffic.wire_bytes - self._wire_bytes
+        sent = self._traffic.wire_bytes - self._wire_bytes
+        self._stats.wire_bytes += sent
+        if self._local:
+            self._stats.local_bytes += sent
         if self._on_failure is not None and error is not None:
             self._on_failure()
 

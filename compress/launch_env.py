@@ -9,25 +9,27 @@ from typing import NamedTuple
 
 
 class Launcher(NamedTuple):
-    """The two variables by which one launcher tells how many ranks it has started.
+    """The variables by which one launcher tells what ranks it has started.
 
     Attributes:
-        world_size: its variable for all ranks.
-        local_world_size: its variable for the ranks on this machine.
+        world_size: its variable for the number of all ranks.
+        local_world_size: its variable for the number of ranks on this machine.
+        local_rank: its variable for this rank's number among those.
     """
 
     world_size: str
     local_world_size: str
+    local_rank: str
 
 
 # The first whose variables are set speaks: torchrun may itself be started by srun or mpiexec, once per machine. Slurm's
 # are those of a step: a batch script sees SLURM_NTASKS too, but runs once.
 LAUNCHERS = (
-    Launcher("WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    Launcher("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    Launcher("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    Launcher("PMI_SIZE", "MPI_LOCALNRANKS"),
-    Launcher("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
+    Launcher("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK"),
+    Launcher("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    Launcher("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    Launcher("PMI_SIZE", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    Launcher("SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID"),
 )
 
 
@@ -49,6 +51,15 @@ def local_world_size() -> int:
     """
     found = _first(lambda launcher: launcher.local_world_size)
     return 1 if found is None else found[1]
+
+
+def local_rank() -> int | None:
+    """This rank's number among those on this machine, from 0; None where nobody says so."""
+    for launcher in LAUNCHERS:
+        number = os.environ.get(launcher.local_rank, "")
+        if number.isdecimal() and _count(os.environ.get(launcher.local_world_size, "")):
+            return int(number)
+    return None
 
 
 def _first(variable_of: Callable[[Launcher], str]) -> tuple[str, int] | None:
