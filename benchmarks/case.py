@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from onebit.comm.backend import Backend
-from onebit.compress import SignCodec
+from onebit.compress import Codec, SignCodec
 
 State = TypeVar("State")
 
@@ -37,7 +37,7 @@ class Setting:
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
     threads: int = 1
-    codec: SignCodec = field(default_factory=SignCodec)
+    codec: Codec = field(default_factory=SignCodec)
     payloads: int = 2
     bucket_mb: float = 16.0
     seed: int = 1
@@ -63,6 +63,7 @@ class Case(Generic[State]):
         role: what it serves as, when others are measured against it (``"copy"``, ``"chain"``, ``"plain"``).
         against: the roles it is measured against; the fastest case of a role is the yardstick.
         devices: the types of devices that it runs on.
+        codecs: the kinds of codecs that it is about.
         capturable: on CUDA it can be captured in a graph once it has run.
         moved: the bytes that algbw counts: read and written in memory by a kernel, or the tensor of a collective.
         wire: the bytes that one rank must send, by formula.
@@ -79,6 +80,7 @@ class Case(Generic[State]):
     role: str = ""
     against: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
+    codecs: tuple[type[Codec], ...] = (Codec,)
     capturable: bool = False
     moved: Callable[[Setting], float]
     wire: Callable[[Setting], float] = lambda setting: 0.0
@@ -87,3 +89,7 @@ class Case(Generic[State]):
     run: Callable[[State], None]
     stages: Callable[[State], Mapping[str, float]] = lambda state: {}
     check: Callable[[State], Callable[[], int]]
+
+    def runs_with(self, device_type: str, codec: Codec) -> bool:
+        """Whether it is about such tensors and such a codec."""
+        return device_type in self.devices and isinstance(codec, self.codecs)

@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from onebit.benchmarks.case import Case, Setting
-from onebit.benchmarks.oracle import ROUNDING, spans, wrong_average
+from onebit.benchmarks.truth import truth_of
 from onebit.benchmarks.yardsticks import packed
 from onebit.comm import CompressedAllreduce
 from onebit.comm.auto import Mode
@@ -114,14 +114,7 @@ def _compressed_check(state: Exchange) -> Callable[[], int]:
         if setting.backend.size == 1:  # nothing is sent, so nothing is compressed
             return int((state.tensor != state.given).sum())
         inputs = [setting.normal(rank).float().cpu().numpy() for rank in range(setting.backend.size)]
-        outcome = state.tensor.float().cpu().numpy()
-        block = setting.codec.block_size or setting.numel
-        rounding = ROUNDING if setting.dtype == torch.float32 else torch.finfo(setting.dtype).eps
-        count = sum(
-            wrong_average([values[span] for values in inputs], outcome[span], block, rounding)
-            for span in spans(setting.numel, block)
-        )
-        return count + _differing(state)
+        return truth_of(setting.codec, setting.numel).wrong_average(inputs, state.tensor) + _differing(state)
 
     return wrong
 

@@ -66,7 +66,7 @@ def drive(
         stations = [
             Station(case, setting, link, sweep.together, sweep.graph and case.capturable)
             for case in cases
-            if setting.device.type in case.devices
+            if case.runs_with(setting.device.type, setting.codec)
         ]
         rows += _measure(stations, sweep, progress)
     return rows

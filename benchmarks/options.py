@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ from onebit.benchmarks.driver import Sweep
 from onebit.benchmarks.sizes import parse_size, sweep_sizes
 from onebit.benchmarks.tables import CASES, select
 from onebit.comm.allreduce import BUCKET_MB
-from onebit.compress import OnebitError, SignCodec
+from onebit.compress import Codec, Fp8Codec, Int4Codec, Int8Codec, OnebitError, SignCodec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CODECS: dict[str, type[Codec]] = {"sign": SignCodec, "int8": Int8Codec, "int4": Int4Codec, "fp8": Fp8Codec}
 BACKENDS = ("gloo", "nccl", "mpi", "threads")
 
 
@@ -26,7 +27,7 @@ class Options:
     sizes: tuple[int, ...]
     sweep: Sweep
     dtype: torch.dtype
-    codec: SignCodec
+    codec: Codec
     device: str
     cases: tuple[str, ...] | None
     backend: str | None
@@ -62,7 +63,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         *("--cases", "--case"), help="cases or families, comma-separated (alone: kernels; with ranks: collectives)"
     )
-    flags.add_argument("--codec", default="", help="options of SignCodec: block_size=64,scale=rms,kernels=reference")
+    flags.add_argument(
+        "--codec",
+        default="",
+        help=f"{', '.join(CODECS)} and its options (sign): int8, block_size=64,scale=rms, int4:rotate=true,seed=3",
+    )
     flags.add_argument("--device", choices=("cpu", "cuda"), help="of the tensors (nccl: cuda, else cpu)")
     flags.add_argument("--backend", choices=BACKENDS, help="transport (gloo under torchrun, else none)")
     flags.add_argument("--ranks", type=int, default=2, help="ranks of --backend threads")
@@ -119,26 +124,41 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     )
 
 
-def parse_codec(text: str) -> SignCodec:
-    """The codec of ``"block_size=64,scale=rms"``; an empty text is the default one.
+def parse_codec(text: str) -> Codec:
+    """The codec of ``"int8:rounding=stochastic"``, ``"int8"`` or, for a `SignCodec`, ``"block_size=64,scale=rms"``.
 
     Raises:
-        ValueError: no such option, or not a value of it.
+        ValueError: no such codec or option, or not a value of it.
     """
     kinds: dict[str, Callable[[str], object]] = {
         "block_size": lambda value: None if value == "none" else int(value),
-        "scale": str,
-        "kernels": str,
+        "error_feedback": _truth_value,
+        "rotate": _truth_value,
+        "seed": int,
     }
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    unknown = [name for name, _, _ in pairs if name not in kinds]
+    name, _, given = ("sign", "", text) if not text or "=" in text.partition(":")[0] else text.partition(":")
+    if name not in CODECS:
+        raise ValueError(f"--codec knows {', '.join(CODECS)}; got {name}")
+    known = [field.name for field in fields(CODECS[name])]
+    pairs = [part.partition("=") for part in given.split(",") if part]
+    unknown = [option for option, _, _ in pairs if option not in known]
     if unknown:
-        raise ValueError(f"--codec knows {', '.join(kinds)}; got {', '.join(unknown)}")
+        raise ValueError(f"--codec {name} knows {', '.join(known)}; got {', '.join(unknown)}")
     try:
-        options = {name: kinds[name](value) for name, _, value in pairs}
-        return SignCodec(**options)  # type: ignore[arg-type]
+        return CODECS[name](**{option: kinds.get(option, str)(value) for option, _, value in pairs})  # type: ignore[arg-type]
     except OnebitError as error:
         raise ValueError(f"--codec {text}: {error}") from error
+
+
+def _truth_value(text: str) -> bool:
+    """True or false as written.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {text!r}")
+    return text == "true"
 
 
 def _check_cases(names: Sequence[str] | None, device: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from onebit.benchmarks.case import Case, Setting
-from onebit.benchmarks.oracle import Payload, spans, wrong_encoding
+from onebit.benchmarks.truth import SignTruth
+from onebit.compress import SignCodec
 
 
 @dataclass
@@ -80,20 +81,11 @@ def _check_chain(state: Chain) -> Callable[[], int]:
 
     def wrong() -> int:
         block = state.x.shape[1]
-        payload = Payload(state.payload.numpy(), state.numel, block)
         whole = state.numel // block * block  # the chain takes padding into the scale of a last, partial block
-        return count_wrong(sums[:whole], state.residual.view(-1)[:whole], payload)
+        truth = SignTruth(state.numel, block)
+        return truth.wrong_encoding(sums[:whole], state.residual.view(-1)[:whole], state.payload)
 
     return wrong
-
-
-def count_wrong(sums: Tensor, residual: Tensor, payload: Payload) -> int:
-    """Wrong elements of an encoding of `sums`: (k,) float32, exactly what was to be encoded."""
-    exact, after = sums.cpu().numpy(), residual.cpu().numpy()
-    return sum(
-        wrong_encoding(exact[span].astype(np.float64), np.zeros(span.stop - span.start), payload, after[span], span)
-        for span in spans(len(exact), payload.block)
-    )
 
 
 def _copied(setting: Setting) -> float:
@@ -101,13 +93,18 @@ def _copied(setting: Setting) -> float:
 
 
 def encoded(setting: Setting) -> float:
-    """Read x and the residual, write the residual and the payload."""
-    return setting.numel * (setting.dtype.itemsize + 8) + packed(setting)
+    """Read x and the residual, write the residual, where errors are kept, and the payload."""
+    return setting.numel * (setting.dtype.itemsize + kept(setting)) + packed(setting)
+
+
+def kept(setting: Setting) -> int:
+    """Bytes of an element's residual that are read and written."""
+    return 8 if setting.codec.error_feedback else 0
 
 
 def packed(setting: Setting) -> float:
-    """Bytes of one payload: a bit an element and a float32 a block."""
-    return setting.numel / 8 + 4 * -(-setting.numel // (setting.codec.block_size or setting.numel))
+    """Bytes of one payload: a few bits an element and a float32 a block."""
+    return setting.numel * setting.codec.bits / 8 + 4 * -(-setting.numel // (setting.codec.block_size or setting.numel))
 
 
 YARDSTICKS: tuple[Case[Copy] | Case[Chain], ...] = (
@@ -139,6 +136,7 @@ YARDSTICKS: tuple[Case[Copy] | Case[Chain], ...] = (
         family="kernels",
         role="chain",
         devices=("cpu",),
+        codecs=(SignCodec,),
         moved=encoded,
         inputs=_chain_inputs,
         run=_chain_run,

@@ -10,7 +10,7 @@ import torch
 
 from onebit.benchmarks.options import parse
 from onebit.benchmarks.sizes import format_size, parse_size, sweep_sizes
-from onebit.compress import SignCodec
+from onebit.compress import Codec, Fp8Codec, Int4Codec, Int8Codec, SignCodec
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,14 @@ def test_flags_arrive() -> None:
         ("", SignCodec()),
         ("block_size=64,scale=rms", SignCodec(block_size=64, scale="rms")),
         ("block_size=none,kernels=reference", SignCodec(block_size=None, kernels="reference")),
+        ("sign:scale=rms", SignCodec(scale="rms")),
+        ("int8", Int8Codec()),
+        ("int8:error_feedback=false,block_size=256", Int8Codec(error_feedback=False, block_size=256)),
+        ("int4:rounding=stochastic,rotate=true,seed=3", Int4Codec(rounding="stochastic", rotate=True, seed=3)),
+        ("fp8", Fp8Codec()),
     ],
 )
-def test_a_codec_is_read_from_its_options(text: str, codec: SignCodec) -> None:
+def test_a_codec_is_read_from_its_options(text: str, codec: Codec) -> None:
     assert parse([f"--codec={text}"]).codec == codec
 
 
@@ -85,8 +90,12 @@ def test_tensors_are_where_the_backend_carries_them() -> None:
         (["-m0"], "at least 1 run together"),
         (["--plot"], "name its folder with --output"),
         (["--backend=gloo", "--device=cuda"], "gloo does not carry tensors on cuda"),
-        (["--codec=bits=2"], "knows block_size, scale, kernels; got bits"),
+        (["--codec=bits=2"], "--codec sign knows block_size, kernels, scale; got bits"),
         (["--codec=block_size=7"], "--codec block_size=7: "),
+        (["--codec=int16"], "--codec knows sign, int8, int4, fp8; got int16"),
+        (["--codec=int16:seed=1"], "--codec knows sign, int8, int4, fp8; got int16"),
+        (["--codec=fp8:seed=1"], "--codec fp8 knows block_size, kernels, error_feedback; got seed"),
+        (["--codec=int8:rotate=yes"], "expected true or false, got 'yes'"),
         (["--codec=block_size=much"], "invalid literal"),
         (["--cases=peers"], "the peers asked for do not run on cpu; add --device cuda"),
         (["--backend=tcp"], "invalid choice: 'tcp'"),
