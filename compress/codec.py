@@ -85,6 +85,7 @@ class Codec(ABC):
         kernels: name of the implementation to use; None: the fastest for the device of the tensors.
         bits: of an element's code in a payload.
         error_feedback: averages keep what was not said and add it to what they encode next.
+        unbiased: what a payload says is right on average.
 
     Raises:
         InputError: an attribute has a value other than these.
@@ -107,6 +108,11 @@ class Codec(ABC):
     def error_feedback(self) -> bool:
         """Whether averages keep what was not said and add it to what they encode next."""
         return True
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether what a payload says is right on average, over whatever the codec draws at random."""
+        return False
 
     @abstractmethod
     def kernels_on(self, device: torch.device | str) -> str:

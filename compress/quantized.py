@@ -76,6 +76,11 @@ class IntegerCodec(QuantizedCodec):
             raise InputError(f"{who}: seed must be an int of 32 bits that is not negative, got {self.seed!r}")
 
     @property
+    def unbiased(self) -> bool:
+        """Whether elements are rounded at random, so that errors have no direction."""
+        return self.rounding == "stochastic"
+
+    @property
     def quantizer(self) -> Quantizer:
         """What kernels are told."""
         stochastic = self.rounding == "stochastic"

@@ -15,8 +15,8 @@ from onebit.comm import Backend, Residual, Stats, agree, make_backend
 from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.ddp import AveragingHook, unattached
 from onebit.compress import Codec, InputError
-from onebit.compress.codec import as_codec
 from onebit.optim import copying
+from onebit.optim.codecs import codec_of_momenta
 from onebit.optim.common_facts import common_facts
 from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers, StagedExchange
 from onebit.optim.loading import check_state
@@ -99,7 +99,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         defaults = {**defaults, "compress": True, "master_weights": master_weights, **self._progress}
         self._check_group_options(defaults)
         self._bucket_mb = None if bucket_mb is None else bucket_mb_for([], bucket_mb)
-        self._codec = as_codec(codec)
+        self._codec = codec_of_momenta(type(self).__name__, codec)
         # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process
         # group is often made after the optimizer.
         self._spec = backend
