@@ -26,7 +26,7 @@ IMPLEMENTATIONS = {
 }
 QUANTIZED = {
     "reference": "onebit.compress.quantized_reference",
-    "cpu": "onebit.compress.quantized_reference",
+    "cpu": "onebit.compress.cpu.quantized",
     "gpu": "onebit.compress.quantized_reference",
 }
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # the type of device an implementation needs; the reference runs on any
