@@ -190,11 +190,13 @@ class Residual:
         """Turn the states of all ranks into those of `world_size` ranks.
 
         What the residuals add to the average is conserved: the mean of the worker residuals (every new rank holds that
-        mean) and the server residual of every element.
+        mean) and the server residual of every element. Of an average with `local_group` the ranks of one number in
+        their nodes are numbered by node, and each holds its slice alone: here a state is one of a node, and each rank
+        of that node may load it.
 
         Args:
-            states: `state_dict()` of every rank, in any order.
-            world_size: the new number of ranks.
+            states: `state_dict()` of every rank, in any order; with `local_group` of all ranks of all nodes.
+            world_size: the new number of ranks; with `local_group` of nodes.
 
         Returns:
             One state per new rank; their tensors are the same objects.
@@ -212,7 +214,8 @@ class Residual:
         ranks = sorted(state["rank"] for state in held)
         old = held[0]["world_size"] if held else 0
         kinds = {(state["world_size"], *state["numels"]) for state in held}
-        if len(kinds) != 1 or len(held) != len(states) or ranks != list(range(old)):
+        whole = ranks == list(range(old)) or _are_slices(held, old)
+        if len(kinds) != 1 or len(held) != len(states) or not whole:
             raise InputError(
                 f"reshard: expected one state of each of {old or 'all'} ranks, all of the same tensors; got "
                 f"{len(states)}, of ranks {ranks} with {sorted({sum(state['numels']) for state in held})} elements"
@@ -267,6 +270,13 @@ class _Spans:
         return None
 
 
+def _are_slices(states: Sequence[Mapping[str, Any]], world_size: int) -> bool:
+    """Whether these are as many states of each rank, which together serve every element once."""
+    ranks = [state["rank"] for state in states]
+    even = len({ranks.count(rank) for rank in range(world_size)}) == 1
+    return even and sum(state["server"].numel() for state in states) == sum(states[0]["numels"])
+
+
 def _misfit(state: Mapping[str, Any], place: Place) -> InputError | None:
     """Why a state, complete by itself, cannot be taken over in this place."""
     if place.world_size == 1:
@@ -286,9 +296,9 @@ def _misfit(state: Mapping[str, Any], place: Place) -> InputError | None:
         for s in layout.chunk_segments(place.rank):
             if held.find(s.tensor, s.offset, s.numel) is None:
                 return InputError(
-                    f"rank {place.rank}: the residual to load was made with another bucket size or block size: it "
-                    f"does not hold (tensor, offset, numel) {(s.tensor, s.offset, s.numel)}; use the old options, or "
-                    "Residual.reshard"
+                    f"rank {place.rank}: the residual to load was made with another bucket size, block size or "
+                    f"local_group: it does not hold (tensor, offset, numel) {(s.tensor, s.offset, s.numel)}; use "
+                    "the old options, or Residual.reshard"
                 )
     return None
 
