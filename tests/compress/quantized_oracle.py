@@ -5,7 +5,10 @@ from __future__ import annotations
 from onebit.benchmarks.quantized_oracle import (
     BITS,
     E4M3,
+    Bools,
+    Bytes,
     Encoded,
+    Floats,
     Spec,
     decode,
     e4m3,
@@ -20,7 +23,10 @@ from onebit.benchmarks.quantized_oracle import (
 __all__ = [
     "BITS",
     "E4M3",
+    "Bools",
+    "Bytes",
     "Encoded",
+    "Floats",
     "Spec",
     "decode",
     "e4m3",
