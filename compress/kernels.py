@@ -27,7 +27,7 @@ IMPLEMENTATIONS = {
 QUANTIZED = {
     "reference": "onebit.compress.quantized_reference",
     "cpu": "onebit.compress.cpu.quantized",
-    "gpu": "onebit.compress.quantized_reference",
+    "gpu": "onebit.compress.gpu.quantized",
 }
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # the type of device an implementation needs; the reference runs on any
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -62,15 +62,7 @@ __device__ __forceinline__ void quantize_tile(
             int i = 4 * row + k;
             rest[k] = live >> i & 1 ? __fsub_rn(values[row][k], signed_scale(scale, positive, i)) : 0.0f;
         }
-        float* target = residual + 128 * row + 4 * lane;
-        u32 nibble = real >> (4 * row) & 0xF;
-        if (vectors && nibble == 0xF) {
-            store4(target, rest[0], rest[1], rest[2], rest[3]);
-        } else {
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                if (nibble >> k & 1) target[k] = rest[k];
-        }
+        store_real(residual + 128 * row + 4 * lane, rest, real >> (4 * row) & 0xF, vectors);
     }
 }
 

@@ -161,3 +161,15 @@ __device__ __forceinline__ void load_tile(
         for (int k = 0; k < 4; k++)
             values[row][k] = live >> (4 * row + k) & 1 ? widen(type, x[128 * row + 4 * lane + k]) : 0.0f;
 }
+
+// Those of 4 neighbours whose bit of `real` is set: as one where `vectors` says that addresses are aligned.
+template <typename Raw>
+__device__ __forceinline__ void store_real(Raw* x, const Raw values[4], u32 real, bool vectors) {
+    if (vectors && real == 0xF) {
+        store4(x, values[0], values[1], values[2], values[3]);
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (real >> k & 1) x[k] = values[k];
+}

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from onebit.compress.gpu.arguments import address, chunk_mask, dtype_of, sizes
 from onebit.compress.gpu.module import THREADS, launch
 from onebit.compress.gpu.tables import chunk_entries, entries, groups, scale_sections
 from onebit.compress.layout import Layout, ceil_div
 
 name = "gpu"
 
-_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FUSED, _SUMS_ONLY, _GIVEN_SCALES = 0, 1, 2
-_MANY_BLOCKS = 1024  # of threads, as many as fill any device
+MANY_BLOCKS = 1024  # of threads, as many as fill any device
 _BYTES_OF_SUMS = 16  # per block: two fp32 sums and an int64 count
 
 
@@ -25,16 +25,16 @@ def encode(
     """As `reference.encode`."""
     plain = residual is not None and residual.data_ptr() % 16 == 0
     split = entries(layout, tensors, out.device, mask, plain)
-    rest, dtype = split.rest, _dtype(tensors)
+    rest, dtype = split.rest, dtype_of(tensors)
     for blocks, kernel in ((split.full, "encode_full"), (split.masked, "encode_masked")):
         if blocks.n:
-            buffers = (_address(residual), _address(mask), out.data_ptr())
-            arguments = (blocks.address, blocks.n, *buffers, *_sizes(layout), squared)
+            buffers = (address(residual), address(mask), out.data_ptr())
+            arguments = (blocks.address, blocks.n, *buffers, *sizes(layout), squared)
             launch("full.cu", f"{kernel}_{dtype}", out.device, 32 * blocks.n, *arguments)
 
     def run(stage: int, sums: int) -> None:
-        arguments = (rest.address, rest.n, _address(residual), _address(mask), out.data_ptr(), sums)
-        shape = (*_sizes(layout), layout.block_size, squared, stage)
+        arguments = (rest.address, rest.n, address(residual), address(mask), out.data_ptr(), sums)
+        shape = (*sizes(layout), layout.block_size, squared, stage)
         launch("sign.cu", f"encode_{dtype}", out.device, 32 * rest.n, *arguments, *shape)
 
     if layout.shared_scale:
@@ -56,16 +56,16 @@ def reduce_encode(
     plain = residual is not None and residual.data_ptr() % 16 == 0
     split = chunk_entries(layout, chunk, out.device, mask, plain)
     source, rest = (payloads.data_ptr(), payloads.shape[0]), split.rest
-    masked = 0 if mask is None else mask.data_ptr() + chunk * layout.chunk_numel // 8
-    buffers = (_address(residual), masked, out.data_ptr())
+    masked = chunk_mask(mask, layout, chunk)
+    buffers = (address(residual), masked, out.data_ptr())
     for blocks, kernel in ((split.full, "reduce_encode_full"), (split.masked, "reduce_encode_masked")):
         if blocks.n:
-            arguments = (blocks.address, blocks.n, *buffers, *_sizes(layout), squared)
+            arguments = (blocks.address, blocks.n, *buffers, *sizes(layout), squared)
             launch("full.cu", kernel, out.device, 32 * blocks.n, *source, *arguments)
 
     def run(stage: int, sums: int) -> None:
         arguments = (rest.address, rest.n, *buffers, sums)
-        shape = (*_sizes(layout), layout.block_size, squared, stage)
+        shape = (*sizes(layout), layout.block_size, squared, stage)
         launch("sign.cu", "reduce_encode", out.device, 32 * rest.n, *source, *arguments, *shape)
 
     if layout.shared_scale:
@@ -85,13 +85,11 @@ def undo_reduce(
 ) -> None:
     """As `reference.undo_reduce`."""
     blocks = chunk_entries(layout, chunk, out.device, None, plain=False).others
-    masked = 0 if mask is None else mask.data_ptr() + chunk * layout.chunk_numel // 8
-    arguments = (blocks.address, blocks.n, residual.data_ptr(), masked, out.data_ptr(), _address(keep))
+    masked = chunk_mask(mask, layout, chunk)
+    arguments = (blocks.address, blocks.n, residual.data_ptr(), masked, out.data_ptr(), address(keep))
     source = (payloads.data_ptr(), payloads.shape[0])
-    shape = (*_sizes(layout), layout.block_size)
-    launch(
-        "undo.cu", "undo_reduce", out.device, min(32 * blocks.n, THREADS * _MANY_BLOCKS), *source, *arguments, *shape
-    )
+    shape = (*sizes(layout), layout.block_size)
+    launch("undo.cu", "undo_reduce", out.device, min(32 * blocks.n, THREADS * MANY_BLOCKS), *source, *arguments, *shape)
 
 
 def all_finite(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
@@ -99,7 +97,7 @@ def all_finite(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     device = payloads[0].device
     finite = torch.ones((), dtype=torch.bool, device=device)
     scales = scale_sections(payloads, layouts)
-    parts = min(ceil_div(scales.longest, 8 * THREADS), ceil_div(_MANY_BLOCKS, scales.n))
+    parts = min(ceil_div(scales.longest, 8 * THREADS), ceil_div(MANY_BLOCKS, scales.n))
     arguments = (scales.table.data_ptr(), parts, finite.data_ptr())
     launch("finite.cu", "all_finite", device, THREADS * scales.n * parts, *arguments)
     return finite
@@ -107,24 +105,26 @@ def all_finite(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
 
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
     """As `reference.decode`."""
-    split, dtype = entries(layout, tensors, payloads.device, mask), _dtype(tensors)
+    split, dtype = entries(layout, tensors, payloads.device, mask), dtype_of(tensors)
     full, others = split.full, split.others
     if full.n:
-        arguments = (payloads.data_ptr(), full.address, full.n, *_sizes(layout))
+        arguments = (payloads.data_ptr(), full.address, full.n, *sizes(layout))
         launch("full.cu", f"decode_full_{dtype}", payloads.device, 16 * full.n, *arguments)
     if others.n:
-        masked = (payloads.data_ptr(), others.address, others.n, _address(mask), *_sizes(layout), layout.block_size)
+        masked = (payloads.data_ptr(), others.address, others.n, address(mask), *sizes(layout), layout.block_size)
         launch("sign.cu", f"decode_{dtype}", payloads.device, 32 * others.n, *masked)
 
 
 def pack_signs(x: Tensor, out: Tensor) -> None:
     """As `reference.pack_signs`."""
-    launch("sign.cu", f"pack_{_dtype([x])}", x.device, x.numel(), x.data_ptr(), x.numel(), out.data_ptr())
+    launch("sign.cu", f"pack_{dtype_of([x])}", x.device, x.numel(), x.data_ptr(), x.numel(), out.data_ptr())
 
 
 def unpack_signs(bits: Tensor, out: Tensor) -> None:
     """As `reference.unpack_signs`."""
-    launch("sign.cu", f"unpack_{_dtype([out])}", out.device, out.numel(), bits.data_ptr(), out.numel(), out.data_ptr())
+    launch(
+        "sign.cu", f"unpack_{dtype_of([out])}", out.device, out.numel(), bits.data_ptr(), out.numel(), out.data_ptr()
+    )
 
 
 def in_two_visits(
@@ -136,18 +136,6 @@ def in_two_visits(
     starts, members = groups(layout, chunk, out.device)
     n = starts.numel() - 1
     arguments = (sums.data_ptr(), starts.data_ptr(), members.data_ptr(), n, out.data_ptr())
-    shape = (*_sizes(layout), layout.block_size, squared, _SUMS_ONLY)
+    shape = (*sizes(layout), layout.block_size, squared, _SUMS_ONLY)
     launch("sign.cu", "shared_scales", out.device, 32 * n, *arguments, *shape)
     run(_GIVEN_SCALES, sums.data_ptr())
-
-
-def _sizes(layout: Layout) -> tuple[int, int, int]:
-    return layout.chunk_blocks, layout.bits_bytes, layout.payload_bytes
-
-
-def _dtype(tensors: Sequence[Tensor]) -> str:
-    return _DTYPES[tensors[0].dtype] if tensors else "f32"
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -103,15 +103,7 @@ __device__ __forceinline__ void decode(
                 int i = 4 * row + k;
                 v[k] = live >> i & 1 ? (bits >> i & 1 ? up : down) : none;
             }
-            raw* target = x + first + 128 * row + 4 * lane;
-            u32 nibble = real >> (4 * row) & 0xF;
-            if (vectors && nibble == 0xF) {
-                store4(target, v[0], v[1], v[2], v[3]);
-            } else {
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    if (nibble >> k & 1) target[k] = v[k];
-            }
+            store_real(x + first + 128 * row + 4 * lane, v, real >> (4 * row) & 0xF, vectors);
         }
     }
 }
