@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -49,6 +50,16 @@ def mpiexec() -> str | None:
     return shutil.which(str(Path(sys.executable).with_name("mpiexec"))) or shutil.which("mpiexec")
 
 
+SURVIVING = ("--with-ft", "ulfm")  # what tells mpiexec to go on without a rank that was killed
+
+
+@functools.cache
+def mpi_survives() -> bool:
+    """Whether this mpiexec can, as Open MPI's can from version 5 on."""
+    command = [mpiexec() or "mpiexec", "--allow-run-as-root", "--oversubscribe", *SURVIVING, "-n", "1", "true"]
+    return mpiexec() is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 needs_mpi = pytest.mark.skipif(
     mpiexec() is None or find_spec("mpi4py") is None, reason="needs mpi4py and an mpiexec, as in onebit[mpi,dev]"
 )
@@ -79,7 +90,7 @@ def run_ranks(
         backend_timeout: seconds that one collective may take.
         without: ranks of which no result is expected, for the function ends or stops them; they give None, and are
             killed once the others have ended.
-        mpiexec_flags: beside the usual ones; ``("--with-ft", "ulfm")``: the job survives a rank that is killed.
+        mpiexec_flags: beside the usual ones, such as `SURVIVING`.
 
     Raises:
         RanksFailed: with the tracebacks and the last lines of the output; over threads, the rank's own error.

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from onebit.benchmarks import console, record
-from tests.comm.launcher import mpiexec
+from tests.comm.launcher import mpi_survives, mpiexec
 from tests.faults.crew import crew, shares
+from tests.faults.endure import FAULTS
 from tests.faults.soak import soak_all
 from tests.faults.spoil import Tally, spoiled
 from tests.faults.strikes import LIMIT, strike_all
@@ -40,11 +41,23 @@ def _strikes(options: argparse.Namespace) -> list[Row]:
     if "mpi" in kinds and (mpiexec() is None or find_spec("mpi4py") is None):
         console.say("there is no mpi4py or no mpiexec here: nothing is struck over MPI", stderr=True)
         kinds.remove("mpi")
+    if "mpi" in kinds and not mpi_survives():
+        console.say(
+            "this mpiexec ends the whole job with a rank that is killed: nothing is killed over MPI", stderr=True
+        )
     tallies = {}
     if options.strikes and kinds:
         # Ctrl-C ends the strikes, and what was counted until then is kept.
         with contextlib.suppress(KeyboardInterrupt), console.progress_bar(options.strikes) as tell:
-            struck = strike_all(kinds, options.strikes, options.seed, options.ranks, options.limit, options.jobs)
+            struck = strike_all(
+                kinds,
+                options.strikes,
+                options.seed,
+                options.ranks,
+                options.limit,
+                options.jobs,
+                options.faults.split(","),
+            )
             for tallies in struck:
                 tell(f"{sum(tally.wrong for tally in tallies.values())} wrong")
     return [
@@ -109,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--wrong-calls", type=int, default=0, help="calls that must be refused")
     flags.add_argument("--soak", type=int, default=0, help="compressed steps of each optimizer on four ranks")
     flags.add_argument("--backends", default="gloo,mpi", help="what carries the runs that are struck")
+    flags.add_argument("--faults", default=",".join(FAULTS), help="how they are struck")
     flags.add_argument("--ranks", type=int, default=2, help="processes of a run that is struck")
     flags.add_argument("--limit", type=float, default=LIMIT, help="seconds that one collective may take in it")
     flags.add_argument("--jobs", type=int, default=JOBS, help="how much is done side by side; a strike takes its ranks")

@@ -122,12 +122,18 @@ def endure(backend: Backend, plan: Plan) -> Report:
 
 def _train(optimizer: CompressedOptimizer, backend: Backend, plan: Plan, folder: Path) -> None:
     took = {False: 0.0, True: 0.0}
+    strike: Strike | None = None
     for number in range(STEPS):
+        if strike is not None and number == STEPS - AFTER:
+            strike.due = (
+                False  # it waits for longer than this step takes, and soon nobody would need this rank any more
+            )
         give_gradients(optimizer, backend.rank, number)
         for saving in (False, True):
             start = time.monotonic()
             if (number, saving, backend.rank) == (plan.step, plan.saving, plan.victim):
-                Strike(plan, plan.moment * took[saving]).start()
+                strike = Strike(plan, plan.moment * took[saving])
+                strike.start()
             if saving:
                 save(optimizer, folder)
             else:
@@ -200,7 +206,12 @@ class Strike(threading.Thread):
     Args:
         plan: says how.
         delay: seconds.
+
+    Attributes:
+        due: set it False, and what has not struck yet never will.
     """
+
+    due = True
 
     def __init__(self, plan: Plan, delay: float) -> None:
         super().__init__(daemon=True)
@@ -216,6 +227,8 @@ class Strike(threading.Thread):
         if away is not None:
             self._wake_later(away + self._delay)
         time.sleep(self._delay)
+        if not self.due:
+            return
         os.write(self._word, f"{time.monotonic()} {self._where()}".encode())
         os.kill(os.getpid(), signal.SIGKILL if plan.fault == "kill" else signal.SIGSTOP)
 

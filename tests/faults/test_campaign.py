@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.comm.launcher import needs_mpi
+from tests.comm.launcher import mpi_survives, needs_mpi
 from tests.faults.endure import FAULTS, Plan
 from tests.faults.spoil import spoil_all
 from tests.faults.strikes import LIMIT, Strikes, strike
@@ -20,6 +20,8 @@ KINDS = ["gloo", pytest.param("mpi", marks=[pytest.mark.mpi, needs_mpi])]
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_that_is_struck_harms_no_other_and_no_checkpoint(kind: str, fault: str, tmp_path: Path) -> None:
+    if (kind, fault) == ("mpi", "kill") and not mpi_survives():
+        pytest.skip("this mpiexec ends the whole job with a rank that is killed; Open MPI's can go on from version 5")
     tally, dice = Strikes(), random.Random(f"{kind} {fault}")
     optimizer = sorted(MAKERS)[FAULTS.index(fault) % len(MAKERS)]
     for attempt in range(3):  # a run does not count if this machine is too busy for it
