@@ -133,7 +133,8 @@ def _ours(**options: Any) -> Make:
 
 
 TORCH = (
-    Contestant("torch fused", "torch.optim.AdamW(fused=True)", "fused", _torch(fused=True), roundings=16),
+    # On CUDA its bias corrections are float32, and in the first steps 1 - 0.999ᵗ has lost some of its digits.
+    Contestant("torch fused", "torch.optim.AdamW(fused=True)", "fused", _torch(fused=True), roundings=512),
     Contestant("torch foreach", "torch.optim.AdamW(foreach=True)", "foreach", _torch(foreach=True), roundings=16),
     Contestant("torch for-loop", "torch.optim.AdamW(foreach=False)", "for-loop", _torch(foreach=False), roundings=16),
 )

@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = row(measure(backend, device, options.numel, options.pairs, options.repeats), options.numel)
         if backend.rank == 0:
             run = {"ranks": backend.size, "backend": backend.name, "link": "this machine", "pairs": options.pairs}
-            document = record.make(f"guards-{backend.name}-{backend.size}", run, [result])
+            document = record.make(f"guards-{backend.name}-{backend.size}", run, [result], options.device)
             ratio = result["ratio"]
             console.say(
                 f"a compressed step of {options.numel} elements takes {result['seconds'] * 1e3:.2f} ms, "
