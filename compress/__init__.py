@@ -1,5 +1,6 @@
 """Arrays in, arrays out: codecs that turn tensors into a few bits per number, and their kernels."""
 
+from onebit.compress.blockwise import BlockFormat, BlockOperators
 from onebit.compress.codec import Codec
 from onebit.compress.errors import InputError, OnebitError
 from onebit.compress.fp8 import Fp8Codec
@@ -10,6 +11,8 @@ from onebit.compress.sign import SignCodec, pack_signs, unpack_signs
 from onebit.compress.threads import num_threads, set_num_threads
 
 __all__ = [
+    "BlockFormat",
+    "BlockOperators",
     "Codec",
     "Fp8Codec",
     "InputError",
