@@ -94,8 +94,9 @@ bench-nccl: setup ## the same over NCCL, on NP GPUs
 	$(TORCHRUN) -m onebit.benchmarks --backend nccl -b 4M -e 1G -f 8 --name nccl-$(NP)-sweep $(AVERAGES)
 
 .PHONY: bench-net
-bench-net: setup ## averages between HOSTS network namespaces, over links of RATE with a DELAY; needs root
-	$(BIN)/python -m onebit.benchmarks.net --rate $(RATE) --hosts $(HOSTS) $(if $(DELAY),--delay $(DELAY)) --plot
+bench-net: setup ## averages between HOSTS network namespaces of LOCAL ranks, over links of RATE with a DELAY; needs root
+	$(BIN)/python -m onebit.benchmarks.net --rate $(RATE) --hosts $(HOSTS) $(if $(LOCAL),--local $(LOCAL)) \
+		$(if $(DELAY),--delay $(DELAY)) --plot
 
 .PHONY: bench-train
 bench-train: setup ## train a transformer by AdamW and by 1-bit optimizers, HOSTS namespaces, links of RATE; SHORT=6: time steps only

@@ -27,7 +27,7 @@ def measure(backend: Backend, options: Options) -> record.Document:
     device = torch.device(options.device)
     settings = [_setting(backend, options, nbytes, threads, device) for nbytes in options.sizes]
     groups = select(options.cases or ("kernels" if backend.size == 1 else "collectives",))
-    groups = [[case for case in cases if case.runs_with(device.type, options.codec)] for cases in groups]
+    groups = [[case for case in cases if case.runs_with(device.type, options.codec, options.local)] for cases in groups]
     runs = sum(map(len, groups)) * len(settings) * options.sweep.runs()
     link = Link(options.interface) if options.interface else None
     with console.progress_bar(runs, show=backend.rank == 0) as progress:
@@ -45,6 +45,7 @@ def measure(backend: Backend, options: Options) -> record.Document:
         "graph": options.sweep.graph,
         "payloads": options.payloads,
         "bucket_mb": options.bucket_mb,
+        "local": options.local,
         "seed": options.seed,
     }
     name = options.name or f"{backend.name}-{backend.size}"
@@ -61,6 +62,7 @@ def _setting(backend: Backend, options: Options, nbytes: int, threads: int, devi
         codec=options.codec,
         payloads=options.payloads,
         bucket_mb=options.bucket_mb,
+        local=options.local,
         seed=options.seed,
     )
 

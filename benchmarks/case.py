@@ -29,6 +29,7 @@ class Setting:
         codec: the codec of every compressed case.
         payloads: how many payloads `reduce_encode` averages.
         bucket_mb: bucket size of the compressed average, in MB of float32.
+        local: neighbouring ranks that share a node; 1: every rank is a node of its own.
         seed: rank r draws its inputs from `seed + r`.
     """
 
@@ -40,6 +41,7 @@ class Setting:
     codec: Codec = field(default_factory=SignCodec)
     payloads: int = 2
     bucket_mb: float = 16.0
+    local: int = 1
     seed: int = 1
 
     def normal(self, rank: int | None = None) -> torch.Tensor:
@@ -64,6 +66,7 @@ class Case(Generic[State]):
         against: the roles it is measured against; the fastest case of a role is the yardstick.
         devices: the types of devices that it runs on.
         codecs: the kinds of codecs that it is about.
+        nodes: it is about nodes of several ranks.
         capturable: on CUDA it can be captured in a graph once it has run.
         moved: the bytes that algbw counts: read and written in memory by a kernel, or the tensor of a collective.
         wire: the bytes that one rank must send, by formula.
@@ -81,6 +84,7 @@ class Case(Generic[State]):
     against: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     codecs: tuple[type[Codec], ...] = (Codec,)
+    nodes: bool = False
     capturable: bool = False
     moved: Callable[[Setting], float]
     wire: Callable[[Setting], float] = lambda setting: 0.0
@@ -90,6 +94,6 @@ class Case(Generic[State]):
     stages: Callable[[State], Mapping[str, float]] = lambda state: {}
     check: Callable[[State], Callable[[], int]]
 
-    def runs_with(self, device_type: str, codec: Codec) -> bool:
-        """Whether it is about such tensors and such a codec."""
-        return device_type in self.devices and isinstance(codec, self.codecs)
+    def runs_with(self, device_type: str, codec: Codec, local: int = 1) -> bool:
+        """Whether it is about such tensors, such a codec and nodes of `local` ranks."""
+        return device_type in self.devices and isinstance(codec, self.codecs) and (local > 1 or not self.nodes)

@@ -39,11 +39,16 @@ def _half_inputs(setting: Setting) -> Exchange:
     return Exchange(setting, given, given.clone())
 
 
-def _inputs_of(mode: Mode) -> Callable[[Setting], Exchange]:
+def _inputs_of(mode: Mode, two_levels: bool = False) -> Callable[[Setting], Exchange]:
     def inputs(setting: Setting) -> Exchange:
         state = _exchange_inputs(setting)
         state.reduce = CompressedAllreduce(
-            state.tensor, setting.backend, setting.codec, mode=mode, bucket_mb=setting.bucket_mb
+            state.tensor,
+            setting.backend,
+            setting.codec,
+            mode=mode,
+            local_group=setting.local if two_levels else None,
+            bucket_mb=setting.bucket_mb,
         )
         return state
 
@@ -119,6 +124,24 @@ def _compressed_check(state: Exchange) -> Callable[[], int]:
     return wrong
 
 
+def _two_level_check(state: Exchange) -> Callable[[], int]:
+    """As the average over nodes of what a node's ranks, added in order in float32, have on average."""
+    assert state.reduce is not None
+    state.reduce.residual.reset()
+
+    def wrong() -> int:
+        setting = state.setting
+        inputs = []
+        for first in range(0, setting.backend.size, setting.local):
+            mean, *others = (setting.normal(rank).float().cpu() for rank in range(first, first + setting.local))
+            for other in others:
+                mean += other
+            inputs.append((mean / setting.local).numpy())
+        return truth_of(setting.codec, setting.numel).wrong_average(inputs, state.tensor) + _differing(state)
+
+    return wrong
+
+
 def _differing(state: Exchange) -> int:
     """All elements, if this rank's outcome has other bytes than rank 0's; the ranks must agree bit for bit."""
     digest = zlib.crc32(state.tensor.view(torch.uint8).cpu().numpy().data)
@@ -137,6 +160,12 @@ def _share(setting: Setting) -> float:
 
 def _compressed_wire(setting: Setting) -> float:
     return _share(setting) * packed(setting)
+
+
+def _two_level_wire(setting: Setting) -> float:
+    """Between nodes: what a flat average over nodes sends of a rank's slice."""
+    nodes = setting.backend.size // setting.local
+    return 2 * (nodes - 1) / nodes * packed(setting) / setting.local
 
 
 COLLECTIVES: tuple[Case[Exchange], ...] = (
@@ -170,6 +199,7 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         name="compressed",
         summary="CompressedAllreduce of the same tensor",
         family="collectives",
+        role="one level",
         against=("plain", "bf16"),
         capturable=True,
         moved=_tensor_bytes,
@@ -179,6 +209,21 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         run=_run,
         stages=_stages,
         check=_compressed_check,
+    ),
+    Case(
+        name="two-level",
+        summary="the same on two levels, nodes of --local ranks and between them; its wire bytes are those between",
+        family="collectives",
+        against=("one level", "plain"),
+        nodes=True,
+        capturable=True,
+        moved=_tensor_bytes,
+        wire=_two_level_wire,
+        inputs=_inputs_of("compressed", two_levels=True),
+        refresh=_put_back,
+        run=_run,
+        stages=_stages,
+        check=_two_level_check,
     ),
 )
 

@@ -66,7 +66,7 @@ def drive(
         stations = [
             Station(case, setting, link, sweep.together, sweep.graph and case.capturable)
             for case in cases
-            if case.runs_with(setting.device.type, setting.codec)
+            if case.runs_with(setting.device.type, setting.codec, setting.local)
         ]
         rows += _measure(stations, sweep, progress)
     return rows

@@ -1,6 +1,7 @@
 """`python -m onebit.benchmarks.net --rate 1gbit`: averages between hosts joined by links of that speed.
 
-The hosts are network namespaces of this machine, one rank in each; they share its processors. Needs root and iproute2.
+The hosts are network namespaces of this machine, with one rank or more in each; they share its processors. Needs root
+and iproute2.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.net", description=__doc__)
     flags.add_argument("--rate", default="1gbit", help="speed of the link, as tc writes it: 100mbit, 1gbit, 10gbit")
     flags.add_argument("--hosts", type=int, default=2, help="how many; more than two are joined by a switch")
+    flags.add_argument("--local", type=int, default=1, help="ranks on each host; with more, averages on two levels too")
     flags.add_argument("--delay", help="what packets are held back for, as tc writes it: 5ms (needs the queue netem)")
     flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON result")
     flags.add_argument(
@@ -37,16 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [
         "--cases=collectives",
         f"--name={_name(options)}",
-        f"--link={options.hosts} namespaces, {options.rate}" + (f", {options.delay}" if options.delay else ""),
+        f"--link={_link(options)}",
         f"--output={options.output}",
         *up_to(options.maxbytes),
         f"-n{options.iters}",
         f"--bucket_mb={options.bucket_mb}",
+        f"--local={options.local}",
         *["--plot"] * options.plot,
     ]
     try:
         with shaped_hosts(options.rate, options.hosts, options.delay) as hosts:
-            launch([rank_on(host) for host in hosts], wanted)
+            launch([rank_on(host) for host in hosts for _ in range(options.local)], wanted)
     except NetworkError as error:
         console.say(f"{error}", stderr=True)
         return error.status
@@ -60,9 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _name(options: argparse.Namespace) -> str:
-    """What the result is called: ``net-1gbit``, ``net-1gbit-4-hosts-5ms``."""
+    """What the result is called: ``net-1gbit``, ``net-1gbit-4-hosts-5ms``, ``net-1gbit-2-ranks-each``."""
     hosts = f"-{options.hosts}-hosts" if options.hosts != 2 else ""
-    return f"net-{options.rate}{hosts}" + (f"-{options.delay}" if options.delay else "")
+    ranks = f"-{options.local}-ranks-each" if options.local != 1 else ""
+    return f"net-{options.rate}{hosts}{ranks}" + (f"-{options.delay}" if options.delay else "")
+
+
+def _link(options: argparse.Namespace) -> str:
+    """How the result names what is between the ranks."""
+    ranks = f" of {options.local} ranks" if options.local != 1 else ""
+    return f"{options.hosts} namespaces{ranks}, {options.rate}" + (f", {options.delay}" if options.delay else "")
 
 
 def rank_on(host: Namespace) -> Host:

@@ -36,6 +36,7 @@ class Options:
     interface: str | None
     payloads: int
     bucket_mb: float
+    local: int
     seed: int
     name: str | None
     link: str
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--interface", help="network interface whose sent bytes are read around each run")
     flags.add_argument("--payloads", type=int, default=2, help="payloads that reduce_encode averages")
     flags.add_argument("--bucket_mb", type=float, help="bucket size of averages (cpu: 16, cuda: 512)")
+    flags.add_argument("--local", type=int, default=1, help="ranks of a node, of averages on two levels")
     flags.add_argument("--seed", type=int, default=1, help="rank r draws its inputs from seed + r")
     flags.add_argument("--name", help="name of the result")
     flags.add_argument("--link", default="this machine", help="how the result names what is between the ranks")
@@ -116,6 +118,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         interface=given.interface,
         payloads=given.payloads,
         bucket_mb=given.bucket_mb or BUCKET_MB[device],
+        local=given.local,
         seed=given.seed,
         name=given.name,
         link=given.link,
@@ -182,6 +185,8 @@ def _check_together(given: argparse.Namespace, device: str) -> None:
     """
     if given.graph and device != "cuda":
         raise ValueError("--graph 1 needs --device cuda: only CUDA work is captured in graphs")
+    if given.local < 1:
+        raise ValueError(f"--local is a number of ranks, got {given.local}")
     if given.plot and not given.output:
         raise ValueError("--plot draws the JSON result: name its folder with --output")
     if {"nccl": "cuda", "gloo": "cpu"}.get(given.backend, device) != device:

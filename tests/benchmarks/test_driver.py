@@ -83,7 +83,25 @@ def test_modes_are_right_and_auto_sends_what_it_picks(picked: str, monkeypatch: 
 def test_averages_are_right_on_ranks_that_are_threads(ranks: int) -> None:
     [collectives] = select(["collectives"])
     for rows in run_threads(ranks, average, collectives, 5000, torch.float32):
-        assert {row.case: row.wrong for row in rows} == {case.name: 0 for case in collectives}
+        assert {row.case: row.wrong for row in rows} == {case.name: 0 for case in collectives if not case.nodes}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_averages_on_two_levels_are_right_and_an_error_in_one_element_is_counted(dtype: torch.dtype) -> None:
+    [collectives] = select(["collectives"])
+    [case] = [case for case in collectives if case.nodes]
+
+    def broken(state: Exchange) -> None:
+        case.run(state)
+        state.tensor[17] *= -1
+
+    def measure(backend: Backend) -> list[Row]:
+        setting = Setting(numel=5000, backend=backend, dtype=dtype, local=2)
+        return drive([*collectives, dataclasses.replace(case, run=broken)], [setting], QUICK)
+
+    for rows in run_threads(4, measure):
+        assert [(row.case, row.wrong) for row in rows] == [(case.name, 0) for case in collectives] + [(case.name, 4)]
+        assert set(rows[-1].ratios) == {"one level", "plain"}
 
 
 def test_every_rank_reports_the_same_times() -> None:

@@ -109,6 +109,20 @@ def test_a_network_of_too_few_or_too_many_hosts_is_refused(hosts: int, capsys: p
     assert f"2 to 250 hosts, not {hosts}" in capsys.readouterr().err
 
 
+def test_several_ranks_on_a_host_are_told_in_the_result_and_to_the_driver(
+    tool: FakeTool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[int, list[str]]] = []
+    tool("tc", "exit 0")
+    tool("ip", "exit 0")
+    monkeypatch.setattr(net, "launch", lambda hosts, wanted: launched.append((len(hosts), list(wanted))))
+    assert net.main(["--local=2", "--hosts=3"]) == 0
+    [(ranks, wanted)] = launched
+    assert ranks == 6
+    said = {"--local=2", "--name=net-1gbit-3-hosts-2-ranks-each", "--link=3 namespaces of 2 ranks, 1gbit"}
+    assert said <= set(wanted)
+
+
 @pytest.mark.skipif(not allowed(), reason="needs root, iproute2 and a kernel that allows network namespaces")
 class TestOnARealLink:
     """Where namespaces are allowed."""
