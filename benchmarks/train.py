@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_argument("--exact", type=int, help="first steps, averaged exactly (default: a quarter of all)")
     flags.add_argument("--short", type=int, metavar="K", help="do not learn: time about K steps of each kind")
     flags.add_argument("--batch", type=int, default=1, help="windows per rank and step")
-    flags.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
+    flags.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
     flags.add_argument("--seed", type=int, default=1, help="of weights and samples")
     for name, size in vars(Shape()).items():
         flags.add_argument(f"--{name}", type=int, default=size, help=f"the model's {name}")

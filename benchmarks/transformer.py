@@ -26,7 +26,7 @@ class Shape:
     width: int = 384
     layers: int = 6
     heads: int = 6
-    context: int = 64
+    context: int = 32
 
 
 def make_model(shape: Shape, seed: int) -> nn.Module:
