@@ -9,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
+from onebit.benchmarks.quantized_oracle import dither
 from onebit.compress import Layout, set_num_threads
 from onebit.compress.cpu import quantized
 from onebit.compress.cpu.operators import STREAM_BYTES
@@ -94,12 +93,13 @@ class Blocks:
 
 
 def blocks(
-    way: Way, block_size: int, tensors: list[Tensor], chunks: int, masked: bool, held: bool, seed: int
+    way: Way, block_size: int, tensors: list[Tensor], chunks: int, masked: bool, held: bool, kind: int, seed: int = SEED
 ) -> Blocks:
-    spec = oracle.Spec(way.format, block_size, way.stochastic, way.rotate, SEED)
+    """`kind` chooses the residual and the mask, `seed` is the codec's."""
+    spec = oracle.Spec(way.format, block_size, way.stochastic, way.rotate, seed)
     layout = laid_out([t.numel() for t in tensors], spec, chunks)
-    residual = samples.residual_of(layout, seed) if held else None
-    return Blocks(layout, spec, tensors, residual, samples.mask_of(layout, seed) if masked else None)
+    residual = samples.residual_of(layout, kind) if held else None
+    return Blocks(layout, spec, tensors, residual, samples.mask_of(layout, kind) if masked else None)
 
 
 def laid_out(numels: list[int], spec: oracle.Spec, chunks: int) -> Layout:
@@ -215,6 +215,28 @@ def test_numbers_at_and_beside_ties_are_rounded_as_torch_rounds(form: Format) ->
     assert_bits(decoded.numpy(), expected.numpy(), "rounded")
 
 
+@pytest.mark.parametrize(
+    ("form", "peak", "seed"),  # found by trying: one seed in 100,000 shows it for int8, one in 2,000,000 for int4
+    [
+        ("int8", 1.004250168800354, 40580),
+        ("int8", -1.004250168800354, 186035),
+        ("int4", 1.0139507055282593, 787239),
+        ("int4", -1.0139507055282593, 2223614),
+    ],
+)
+def test_chance_does_not_pass_the_largest_code(form: Format, peak: float, seed: int) -> None:
+    """A·(M/A) may be a rounding above M, and what is above may then be drawn to the next integer."""
+    x = torch.zeros(32)
+    x[0] = peak
+    case = blocks(Way(form, stochastic=True), 32, [x], 1, False, False, 0, seed)
+    largest = case.spec.largest
+    y = case.values * (largest / np.abs(case.values[0, 0]))
+    below = np.floor(y)
+    drawn = below + (dither(case.values, np.abs(case.values[:, 0]), seed) < y - below)
+    assert abs(drawn[0, 0]) == largest + 1, "this seed does not show it"
+    check_encode(case)
+
+
 @EACH_WAY
 def test_blocks_at_the_edges_of_what_has_a_scale(way: Way) -> None:
     """2⁻¹⁰⁰ has a scale, the number before has none; sums may overflow on their way; one bad element spoils a block."""
@@ -264,16 +286,3 @@ def test_threads_and_stores_past_the_cache_change_no_bit(dtype: torch.dtype) -> 
         check_decode(case, check_encode(case))
     finally:
         set_num_threads(None)
-
-
-@settings(max_examples=60)
-@given(st.data())
-def test_any_blocks(data: st.DataObject) -> None:
-    way = data.draw(st.sampled_from(WAYS))
-    dtype = data.draw(st.sampled_from(DTYPES))
-    numels = data.draw(st.lists(samples.numels(), min_size=1, max_size=4).filter(any))
-    tensors = [data.draw(samples.any_tensor(numel, dtype)) for numel in numels]
-    masked, held = data.draw(st.booleans()), data.draw(st.booleans())
-    size, chunks = data.draw(st.sampled_from(way.block_sizes)), data.draw(st.integers(1, 4))
-    case = blocks(way, size, tensors, chunks, masked, held, data.draw(st.integers(0, 99)))
-    check_decode(case, check_encode(case))
