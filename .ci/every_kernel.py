@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from onebit.compress import SignCodec, pack_signs, unpack_signs
+from onebit.compress import Codec, Fp8Codec, Int4Codec, Int8Codec, SignCodec, pack_signs, unpack_signs
 from onebit.compress.gpu import module
 from onebit.optim import FusedAdam
 
@@ -23,22 +23,38 @@ SIZES = [5000, 1, 33, 2048]
 def codec_kernels() -> None:
     """encode, reduce_encode and decode of every kind of block; packing of signs."""
     for block_size, dtype, masked in itertools.product((1024, 96, 2048, None), DTYPES, (False, True)):
-        codec = SignCodec(block_size=block_size)
-        (layout,) = codec.plan(SIZES, 2)
-        mask = torch.full((layout.padded_numel // 8,), 0x11, dtype=torch.uint8, device="cuda") if masked else None
-        x = [torch.randn(n, device="cuda").to(dtype) for n in SIZES]
-        payload = codec.encode(x, torch.zeros(layout.padded_numel, device="cuda"), layout=layout, mask=mask)
-        server = torch.zeros(layout.chunk_numel, device="cuda")
-        payloads = payload.view(2, -1)[:1].repeat(3, 1)
-        mean = codec.reduce_encode(payloads, server, layout=layout, chunk=0, mask=mask)
-        operators = codec.unchecked(mean.device)
-        operators.undo_reduce(payloads, server, mask, mean, layout, 0)
-        assert codec.all_finite(payload, layout)
-        codec.decode(payload, x, layout=layout, mask=mask)
+        _all_operators(SignCodec(block_size=block_size), dtype, masked)
     for dtype in DTYPES:
         unpack_signs(
             pack_signs(torch.randn(777, device="cuda").to(dtype)), torch.empty(777, dtype=dtype, device="cuda")
         )
+
+
+def quantized_kernels() -> None:
+    """The same of the quantizing codecs, with error feedback and without."""
+    codecs: list[Codec] = []
+    for block_size, feedback in itertools.product((1024, 256, 2048), (True, False)):
+        options: dict[str, Any] = {"block_size": block_size, "error_feedback": feedback}
+        codecs.append(Fp8Codec(**options))
+        for codec, rotate in itertools.product((Int8Codec, Int4Codec), (False, True)):
+            codecs.append(codec(rounding="stochastic" if feedback else "nearest", rotate=rotate, **options))
+    for codec, dtype, masked in itertools.product(codecs, DTYPES, (False, True)):
+        _all_operators(codec, dtype, masked)
+
+
+def _all_operators(codec: Codec, dtype: torch.dtype, masked: bool) -> None:
+    (layout,) = codec.plan(SIZES, 2)
+    mask = torch.full((layout.padded_numel // 8,), 0x11, dtype=torch.uint8, device="cuda") if masked else None
+    x = [torch.randn(n, device="cuda").to(dtype) for n in SIZES]
+    residual, server = torch.zeros(layout.padded_numel, device="cuda"), torch.zeros(layout.chunk_numel, device="cuda")
+    feedback = codec.error_feedback
+    payload = codec.encode(x, residual if feedback else None, layout=layout, mask=mask)
+    payloads = payload.view(2, -1)[:1].repeat(3, 1)
+    mean = codec.reduce_encode(payloads, server if feedback else None, layout=layout, chunk=0, mask=mask)
+    if feedback:
+        codec.unchecked(mean.device).undo_reduce(payloads, server, mask, mean, layout, 0)
+    assert codec.all_finite(payload, layout)
+    codec.decode(payload, x, layout=layout, mask=mask)
 
 
 def step_kernels() -> None:
@@ -86,7 +102,7 @@ def main() -> None:
         return function(file, kernel, device)
 
     module._function = noted  # type: ignore[assignment]
-    for run in (codec_kernels, step_kernels, adam_kernels):
+    for run in (codec_kernels, quantized_kernels, step_kernels, adam_kernels):
         run()
         torch.cuda.synchronize()
     sys.stdout.write("\n".join([*sorted(names), f"{len(names)} kernels were run", ""]))
