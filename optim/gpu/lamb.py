@@ -14,7 +14,8 @@ from torch import Tensor
 from onebit.comm.part import Part
 from onebit.compress.gpu.module import launch
 from onebit.optim.gpu.blocks import numels
-from onebit.optim.gpu.operands import TYPES, bits, operand, sorted_blocks
+from onebit.optim.gpu.operands import address, bits, operand
+from onebit.optim.gpu.updates import updates
 from onebit.optim.lamb import Layers
 
 BLOCK = 1024  # elements that are measured together, and that have a scale; there are kernels for no other size
@@ -72,7 +73,7 @@ class LayerwiseUpdate:
             rate = (0, bits(float(lr)))
         vectors = (layers.coeff, layers.coeff_mean, layers.coeff_weight, layers.factor)
         counts = (steps.data_ptr(), variance_steps.data_ptr(), self._k, self._rows.data_ptr(), self._layers.data_ptr())
-        factors = (*rate, *map(bits, group["betas"]), int(group["bias_correction"]), _address(proceed))
+        factors = (*rate, *map(bits, group["betas"]), int(group["bias_correction"]), address(proceed))
         arguments = (*counts, *(vector.data_ptr() for vector in vectors), *factors)
         launch(_SOURCE, "begin", self._device, self._k, *arguments)
 
@@ -113,19 +114,12 @@ class LayerwiseUpdate:
         numbers = (beta1, beta2, (1 - beta2) / (1 - beta1) ** 2, group["eps"], group["weight_decay"])
         tables = (self._rows.data_ptr() + 16 * first, self._firsts.data_ptr() + 8 * first, self._measures.data_ptr())
         sizes = (layout.chunk_blocks, layout.bits_bytes, layout.payload_bytes)
-        operands = (param, master, of_variances, of_fresh)
-        found = sorted_blocks(
-            "layerwise", layout, device, operands, packed, lambda: param.types + 4 * master.present, part.mask
-        )
-        for one in found:
-            types = f"{'master_' if one.kind // 4 else ''}{TYPES[one.kind % 4]}"
-            kernels = ((one.full, f"update_full_{types}"), (one.masked, f"update_masked_{types}"))
-            for places, kernel in (*kernels, (one.rest, "update_any")):
-                if places.n:
-                    blocks = (places.address, places.n, numels(layout, device).data_ptr(), part.gathered.data_ptr())
-                    state = (old, payload.data_ptr(), param.address, one.kind % 4, master.address, of_variances.address)
-                    rest = (of_fresh.address, _address(part.mask), *tables, *map(bits, numbers), _address(proceed))
-                    launch(_SOURCE, kernel, device, 32 * places.n, *blocks, *state, *rest, *sizes)
+        launches = updates("layerwise", part, device, param, master, [of_variances, of_fresh], plain=packed)
+        for kernel, places, of_type in launches:
+            blocks = (places.address, places.n, numels(layout, device).data_ptr(), part.gathered.data_ptr())
+            state = (old, payload.data_ptr(), param.address, of_type, master.address, of_variances.address)
+            rest = (of_fresh.address, address(part.mask), *tables, *map(bits, numbers), address(proceed))
+            launch(_SOURCE, kernel, device, 32 * places.n, *blocks, *state, *rest, *sizes)
 
     def finish(self, layers: Layers, group: Mapping[str, Any], proceed: Tensor | None = None) -> None:
         """Find the r of each tensor's next step, and keep it in `layers`."""
@@ -134,7 +128,7 @@ class LayerwiseUpdate:
         launch(_SOURCE, "gather", self._device, 32 * self._n_groups, *gathered)
         options = ("weight_decay", "factor_min", "factor_max", "factor_threshold")
         tables = (sums, self._tensors.data_ptr(), k, self._layers.data_ptr(), layers.factor.data_ptr())
-        limits = (*(bits(group[name]) for name in options), _address(proceed))
+        limits = (*(bits(group[name]) for name in options), address(proceed))
         launch(_SOURCE, "factors", self._device, 32 * k, *tables, *limits)
 
 
@@ -146,7 +140,3 @@ def _starts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def _spans(firsts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], device: torch.device) -> Tensor:
     """(n, 2) int64, as `Span` in lamb.cu."""
     return torch.from_numpy(np.stack([firsts, counts], axis=1)).to(device)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

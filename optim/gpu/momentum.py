@@ -15,7 +15,8 @@ from onebit.compress import SignCodec
 from onebit.compress.gpu.module import launch
 from onebit.compress.gpu.operators import in_two_visits
 from onebit.optim.gpu.blocks import Group, Places, numels
-from onebit.optim.gpu.operands import TYPES, Operand, bits, operand, sorted_blocks
+from onebit.optim.gpu.operands import TYPES, Operand, address, bits, operand, sorted_blocks
+from onebit.optim.gpu.updates import updates
 
 name = "gpu"
 
@@ -76,7 +77,7 @@ def undo_encode(
 ) -> None:
     """As `StepKernels.undo_encode`; `encode_momentum` has told the device of the same arguments."""
     local: _Local = part.layout.cache[_ENCODED]
-    rest = (part.sent.data_ptr(), _address(proceed), *_sizes(part))
+    rest = (part.sent.data_ptr(), address(proceed), *_sizes(part))
     for group in local.groups:
         for places in (group.full, group.others):
             if places.n:
@@ -100,21 +101,13 @@ def decode_update(
     param = operand("params", params, layout, device)
     master = operand("masters", masters, layout, device, fp32=True)
     variance = operand("variances", variances, layout, device, fp32=True)
-    operands = (param, master, variance)
-    groups = sorted_blocks(
-        "update", layout, device, operands, True, lambda: param.types + 4 * master.present, part.mask
-    )
-    for group in groups:
-        types = f"{'master_' if group.kind // 4 else ''}{TYPES[group.kind % 4]}"
-        kernels = ((group.full, f"update_full_{types}"), (group.masked, f"update_masked_{types}"))
-        for places, kernel in (*kernels, (group.rest, "update_any")):
-            if places.n:
-                arguments = (
-                    *(places.address, places.n, numels(layout, device).data_ptr()),
-                    *(part.gathered.data_ptr(), momentum.data_ptr(), param.address, group.kind % 4, master.address),
-                    *(variance.address, _address(part.mask), scalars.data_ptr(), bits(eps), _address(proceed)),
-                )
-                launch(_SOURCE, kernel, device, 32 * places.n, *arguments, *_sizes(part))
+    for kernel, places, of_type in updates("update", part, device, param, master, [variance]):
+        arguments = (
+            *(places.address, places.n, numels(layout, device).data_ptr()),
+            *(part.gathered.data_ptr(), momentum.data_ptr(), param.address, of_type, master.address),
+            *(variance.address, address(part.mask), scalars.data_ptr(), bits(eps), address(proceed)),
+        )
+        launch(_SOURCE, kernel, device, 32 * places.n, *arguments, *_sizes(part))
 
 
 def adam_scalars(
@@ -134,7 +127,7 @@ def adam_scalars(
         rate = (lr.data_ptr(), int(lr.dtype == torch.float64), 0)
     else:
         rate = (0, 0, bits(float(lr)))
-    factors = (*map(bits, (*betas, weight_decay)), int(bias_correction), _address(proceed))
+    factors = (*map(bits, (*betas, weight_decay)), int(bias_correction), address(proceed))
     arguments = (steps.data_ptr(), variance_steps.data_ptr(), steps.numel(), scalars.data_ptr(), *rate, *factors)
     if steps.numel():
         launch(_SOURCE, "adam_scalars", scalars.device, steps.numel(), *arguments)
@@ -152,7 +145,7 @@ class _Local:
         factors: tuple[float, float, float],
     ) -> None:
         layout, device = part.layout, part.sent.device
-        self._buffers = (_address(part.residual), _address(part.mask))
+        self._buffers = (address(part.residual), address(part.mask))
         grad = operand("grads", grads, layout, device)
         operands = [grad, operand("encoded params", params, layout, device)] if factors[2] else [grad]
         packed = isinstance(momentum, Tensor)
@@ -182,7 +175,3 @@ def _sizes(part: Part) -> tuple[int, int, int, int]:
     """SIZE_ARGUMENTS of momentum.cu."""
     layout = part.layout
     return layout.chunk_blocks, layout.bits_bytes, layout.payload_bytes, layout.block_size
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -105,6 +105,11 @@ def sorted_blocks(
     return kept[1]
 
 
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies, as a launch takes it; 0 if there is none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def bits(number: float) -> int:
     """A number as the 64-bit integer that a launch takes."""
     word: int = _WORD.unpack(_DOUBLE.pack(number))[0]
