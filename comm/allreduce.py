@@ -140,7 +140,7 @@ class CompressedAllreduce(Planned):
             InputError: the last work is not done, or a bucket is plain; nothing was changed.
             TransportError: the transport refused to start; the error feedback is as before if `undo` was given.
         """
-        if "plain" in self.modes:
+        if "plain" in self.modes and self.levels is None:
             raise InputError(
                 f"rank {self.backend.rank}: start_with() fills compressed payloads, and this average has plain buckets "
                 f"(modes {', '.join(self.modes)}); make it with mode='compressed', or call start()"

@@ -66,11 +66,16 @@ def find_levels(
     refusal = refusal or _refusal(backend, local_group)
     made = _known.setdefault(backend, {})
     found = made.get(local_group) if refusal is None else None
-    said = f"a Backend of {local_group.size} ranks" if isinstance(local_group, Backend) else repr(local_group)
-    agree(backend, subject, {"local_group": said, "its levels": "known" if found else "not known yet"}, refusal)
+    facts = {"local_group": local_group_fact(local_group), "its levels": "known" if found else "not known yet"}
+    agree(backend, subject, facts, refusal)
     if found is None:
         found = made[local_group] = _make(backend, local_group, subject)
     return None if found.inside.size == 1 else found
+
+
+def local_group_fact(local_group: LocalGroup) -> str:
+    """What all ranks must give alike, for `onebit.comm.agree`."""
+    return f"a Backend of {local_group.size} ranks" if isinstance(local_group, Backend) else repr(local_group)
 
 
 _known: WeakKeyDictionary[Backend, dict[LocalGroup, Levels]] = WeakKeyDictionary()
