@@ -14,6 +14,7 @@ from torch import Tensor
 from onebit.comm import Backend, Residual, Stats, agree, make_backend
 from onebit.comm.allreduce import bucket_mb_for
 from onebit.comm.ddp import AveragingHook, unattached
+from onebit.comm.levels import LocalGroup
 from onebit.compress import Codec, InputError
 from onebit.optim import copying
 from onebit.optim.codecs import codec_of_momenta
@@ -56,7 +57,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         defaults: the options of a group and their default values, progress included; see `_progress`.
         master_weights: keep an fp32 copy of parameters in half precision, so that small updates add up.
         unsupported: keyword arguments that the subclass does not know, to be refused.
-        bucket_mb, backend, codec: as for `onebit.comm.CompressedAllreduce`.
+        bucket_mb, backend, codec, local_group: as for `onebit.comm.CompressedAllreduce`.
         overlap: start exchanges during backward; see `onebit.optim.overlap`.
         check_every: k: every k-th call of `step` ends with `check_replicas`; None: it is not called.
 
@@ -90,6 +91,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         bucket_mb: float | None = None,
         backend: object = None,
         codec: Codec | None = None,
+        local_group: LocalGroup = None,
         check_every: int | None = None,
         overlap: bool = False,
     ) -> None:
@@ -100,6 +102,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._check_group_options(defaults)
         self._bucket_mb = None if bucket_mb is None else bucket_mb_for([], bucket_mb)
         self._codec = codec_of_momenta(type(self).__name__, codec)
+        self._local_group = local_group
         # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process
         # group is often made after the optimizer.
         self._spec = backend
@@ -398,6 +401,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             "backend": self._spec,
             "codec": self._codec,
             "check_every": self._check_every,
+            **({} if self._local_group is None else {"local_group": self._local_group}),
             **({} if self._overlap is None else {"overlap": True}),
         }
 
@@ -452,7 +456,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return self._reducers
 
     def _group_reducers(self, residual: Residual | None = None) -> GroupReducers:
-        return GroupReducers(lambda: self.backend, self._codec, self._bucket_size(), residual)
+        return GroupReducers(lambda: self.backend, self._codec, self._bucket_size(), self._local_group, residual)
 
     def _bucket_size(self) -> float:
         """MiB of fp32 that travel together."""

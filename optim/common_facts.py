@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from onebit.comm.levels import local_group_fact
 from onebit.comm.tensors import describe
 from onebit.optim.replicas import checksums
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 def common_facts(optimizer: CompressedOptimizer) -> dict[str, str]:
     """Options, and the forms and values of all parameters, each with what a message calls it."""
     facts = {"the codec": str(optimizer._codec), "bucket_mb": str(optimizer._bucket_size())}
+    facts.update({"local_group": local_group_fact(optimizer._local_group)})
     facts.update({"check_every": str(optimizer._check_every), "overlap": str(optimizer._overlap is not None)})
     for g, group in enumerate(optimizer.param_groups):
         facts[f"the number of parameters of group {g}"] = str(len(group["params"]))

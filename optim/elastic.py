@@ -87,6 +87,12 @@ def _check_one_run(states: Sequence[State]) -> None:
 def _check_order(g: int, feedback: Sequence[Mapping[str, Any]]) -> None:
     for rank, one in enumerate(feedback):
         Residual.check(one)
+        if one.get("world_size", len(feedback)) != len(feedback):
+            raise InputError(
+                f"reshard: for group {g} rank {rank} of {len(feedback)} has error feedback of one of "
+                f"{one['world_size']} nodes, as local_group makes it; expected that of a rank among all. Go on with as "
+                "many ranks and nodes"
+            )
         if len(one) != len(feedback[0]) or one.get("rank", rank) != rank:
             raise InputError(
                 f"reshard: in place {rank} of {len(feedback)} is the error feedback of rank {one.get('rank')} for "

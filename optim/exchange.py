@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from onebit.comm import Backend, CompressedAllreduce, CompressedWork, DenseAllreduce, Part, Residual, Stats
+from onebit.comm.levels import LocalGroup
 from onebit.compress import Codec
 
 
@@ -110,11 +111,17 @@ class GroupReducers:
     """
 
     def __init__(
-        self, backend: Callable[[], Backend], codec: Codec, bucket_mb: float | None, residual: Residual | None
+        self,
+        backend: Callable[[], Backend],
+        codec: Codec,
+        bucket_mb: float | None,
+        local_group: LocalGroup,
+        residual: Residual | None,
     ) -> None:
         self._backend = backend
         self._codec = codec
         self._bucket_mb = bucket_mb
+        self._local_group = local_group
         self._dense: DenseAllreduce | None = None
         self._dense_tensors = 0
         self._compressed: CompressedAllreduce | None = None
@@ -144,7 +151,12 @@ class GroupReducers:
         self._dense = None
         if self._compressed is None:
             self._compressed = CompressedAllreduce(
-                like, self._backend(), self._codec, bucket_mb=self._bucket_mb, residual=self.residual
+                like,
+                self._backend(),
+                self._codec,
+                local_group=self._local_group,
+                bucket_mb=self._bucket_mb,
+                residual=self.residual,
             )
             self._compressed.set_mask(masks())
             self._stats.append(self._compressed.stats)

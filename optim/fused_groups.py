@@ -14,7 +14,7 @@ from onebit.optim.base import CompressedOptimizer
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.floor import raise_small_variances
 from onebit.optim.fused import FusedMomentum
-from onebit.optim.kernels import step_kernels
+from onebit.optim.kernels import StepKernels, step_kernels
 from onebit.optim.known import Known
 from onebit.optim.moments import dead_masks
 
@@ -33,11 +33,11 @@ class FusedGroups(CompressedOptimizer):
     def kernels(self) -> str:
         """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
 
-        Fused kernels come with the codec's own, on more than one rank. Between their steps the momentum is kept as it
-        was sent, so ``state_dict()`` has ``exp_avg`` but ``state`` does not.
+        Fused kernels come with the codec's own, on more than one rank and without `local_group`. Between their steps
+        the momentum is kept as it was sent, so ``state_dict()`` has ``exp_avg`` but ``state`` does not.
         """
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        fused = step_kernels(device, self._codec) if self.backend.size > 1 else None
+        fused = self._step_kernels(device) if self.backend.size > 1 else None
         return "torch" if fused is None else fused.name
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,6 +119,10 @@ class FusedGroups(CompressedOptimizer):
             self._told.add(reducers)
         return reduce
 
+    def _step_kernels(self, device: torch.device) -> StepKernels | None:
+        """The fused kernels of compressed steps; on two levels there are none, as what is encoded is a node's mean."""
+        return None if self._local_group is not None else step_kernels(device, self._codec)
+
     def _fused_step(
         self, group: Mapping[str, Any], reducers: GroupReducers, known: Known, gradients: Sequence[Tensor | None]
     ) -> Exchange | None:
@@ -136,7 +140,7 @@ class FusedGroups(CompressedOptimizer):
         reduce = self._average_of(reducers, [s["exp_avg_sq"] for s in known.states])
         fused = self._fused.get(reducers)
         if fused is None:
-            kernels = step_kernels(known.params[0].device, self._codec) if reduce.parts else None
+            kernels = self._step_kernels(known.params[0].device) if reduce.parts else None
             if kernels is None:
                 return None
             fused = self._fused[reducers] = FusedMomentum(kernels, reduce, known.states)

@@ -8,11 +8,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from onebit.comm.levels import LocalGroup
 from onebit.compress import Codec, InputError
 from onebit.optim import lamb
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freezing import Freezing
 from onebit.optim.fused_lamb import FusedLamb, lamb_kernels
+from onebit.optim.kernels import StepKernels
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
 from onebit.optim.staged import StagedAverage
@@ -61,6 +63,7 @@ class OnebitLamb(Freezing):
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire after warm-up.
+        local_group: as for `onebit.comm.CompressedAllreduce`; compressed steps are then made by torch's operations.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
         overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in
@@ -96,6 +99,7 @@ class OnebitLamb(Freezing):
         bucket_mb: float | None = None,
         backend: object = None,
         codec: Codec | None = None,
+        local_group: LocalGroup = None,
         check_every: int | None = None,
         overlap: bool = False,
         **unsupported: NoReturn,
@@ -126,6 +130,7 @@ class OnebitLamb(Freezing):
             bucket_mb=bucket_mb,
             backend=backend,
             codec=codec,
+            local_group=local_group,
             check_every=check_every,
             overlap=overlap,
         )
@@ -134,11 +139,11 @@ class OnebitLamb(Freezing):
     def kernels(self) -> str:
         """What makes compressed steps: ``"gpu"``, fused kernels, or ``"torch"``, its operations.
 
-        Fused kernels come with the codec's own on CUDA devices, with more than one rank and blocks of 1024. Between
-        their steps ``state_dict()`` has ``exp_avg`` but ``state`` does not.
+        Fused kernels come with the codec's own on CUDA devices, with more than one rank, blocks of 1024 and
+        without `local_group`. Between their steps ``state_dict()`` has ``exp_avg`` but ``state`` does not.
         """
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        fused = lamb_kernels(device, self._codec) if self.backend.size > 1 else None
+        fused = self._step_kernels(device) if self.backend.size > 1 else None
         return "torch" if fused is None else fused.name
 
     def lamb_coefficients(self, group: int = 0) -> dict[str, Tensor]:
@@ -183,10 +188,13 @@ class OnebitLamb(Freezing):
         self._renew(reducers)  # whoever goes back to dense steps ends the compressed average that there was
         return _Dense(self, group, reducers)
 
+    def _step_kernels(self, device: torch.device) -> StepKernels | None:
+        return None if self._local_group is not None else lamb_kernels(device, self._codec)
+
     def _fused_exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange | None:
         """The compressed step by fused kernels; None: there are none, or nothing to average."""
         known = self._known(group)
-        kernels = lamb_kernels(known.params[0].device, self._codec) if known.params else None
+        kernels = self._step_kernels(known.params[0].device) if known.params else None
         if kernels is None or reducers.backend.size == 1:
             return None
         gradients = self._gradients(group)

@@ -41,6 +41,7 @@ NEVER_SAVED = frozenset(
         "_fused",
         "_layers",
         "_lent",
+        "_local_group",
         "_locals",
         "_looked_up",
         "_overlap",

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from onebit.comm.levels import LocalGroup
 from onebit.comm.tensors import all_finite
 from onebit.compress import Codec
 from onebit.optim.dense import MeanGradients
@@ -87,6 +88,7 @@ class ZeroOneAdam(FusedGroups):
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire in synchronised steps.
+        local_group: as for `onebit.comm.CompressedAllreduce`; compressed steps are then made by torch's operations.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
         overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in
@@ -119,6 +121,7 @@ class ZeroOneAdam(FusedGroups):
         bucket_mb: float | None = None,
         backend: object = None,
         codec: Codec | None = None,
+        local_group: LocalGroup = None,
         check_every: int | None = None,
         overlap: bool = False,
         **unsupported: NoReturn,
@@ -149,6 +152,7 @@ class ZeroOneAdam(FusedGroups):
             bucket_mb=bucket_mb,
             backend=backend,
             codec=codec,
+            local_group=local_group,
             check_every=check_every,
             overlap=overlap,
         )
