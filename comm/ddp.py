@@ -80,10 +80,10 @@ def unattached(optimizer: AveragingOptimizer) -> InputError | None:
     if optimizer.averager is not None or not dist.is_available() or not dist.is_initialized():
         return None
     held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    if not any(_holds(found, held) for found in gc.get_objects()):
+    if not _in_ddp(held):
         return None
     gc.collect()  # a wrapper that nobody uses any more averages nothing
-    if not any(_holds(found, held) for found in gc.get_objects()):
+    if not _in_ddp(held):
         return None
     name = type(optimizer).__name__
     return InputError(
@@ -93,11 +93,11 @@ def unattached(optimizer: AveragingOptimizer) -> InputError | None:
     )
 
 
-def _holds(found: Any, params: set[Any]) -> bool:
-    """Whether this is a DDP model that averages gradients of some of these parameters."""
-    if not issubclass(type(found), DistributedDataParallel) or not hasattr(found, "reducer"):
-        return False
-    return any(p in params for p in found.parameters())
+def _in_ddp(params: set[Any]) -> bool:
+    """Whether a DDP model averages gradients of some of these parameters."""
+    # There are hundreds of thousands of objects, and issubclass() takes its time with a class that has ABCMeta.
+    models: list[Any] = [found for found in gc.get_objects() if DistributedDataParallel in type(found).__mro__]
+    return any(p in params for model in models if hasattr(model, "reducer") for p in model.parameters())
 
 
 def _without_hook(model: Any, call: str) -> DistributedDataParallel:
