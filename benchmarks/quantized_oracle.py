@@ -159,7 +159,7 @@ def values(codes: Bytes, spec: Spec) -> Floats:
     if spec.format == "int8":
         return codes.view(np.int8).astype(F)
     if spec.format == "int4":
-        nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1).astype(np.int8)
+        nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), 2 * codes.shape[1]).astype(np.int8)
         return np.where(nibbles > 7, nibbles - 16, nibbles).astype(F)
     magnitudes = E4M3[codes & 127]
     signed: Floats = np.where(codes & 128, -magnitudes, magnitudes)

@@ -99,4 +99,4 @@ def test_an_optimizer_trains_with_it() -> None:
     one, other = run_threads(2, train)
     assert one == other
     assert one[1] == "torch"
-    assert one[0] < 0.1  # from 9.3
+    assert one[0] < 2.5  # from 9.3, of which two elements of 64 are told at a time

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Backend, CompressedAllreduce, DenseAllreduce, Residual, broadcast
-from onebit.compress import SignCodec
+from onebit.compress import Codec, SignCodec
 from tests.comm import oracle
 
 CODECS = {
@@ -127,7 +127,7 @@ class Trace:
 
 def trace(
     backend: Backend,
-    codec: SignCodec,
+    codec: Codec,
     calls: int = 3,
     bucket_mb: float = 16.0,
     inputs: Callable[[int, int], list[Tensor]] = samples,

@@ -78,7 +78,8 @@ class Problem:
     def live(self) -> oracle.Bools:
         if self.mask is None:
             return self.real
-        return self.real & ~np.unpackbits(self.mask.numpy(), bitorder="little").reshape(self.shape).astype(bool)
+        dead: oracle.Bools = np.unpackbits(self.mask.numpy(), bitorder="little").reshape(self.shape).astype(bool)
+        return self.real & ~dead
 
     @property
     def x(self) -> oracle.Floats:
