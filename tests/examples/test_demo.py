@@ -37,7 +37,7 @@ def test_an_abort_while_python_shuts_down_is_told_but_is_no_failure(tmp_path: Pa
 
 def test_a_run_that_fails_fails_the_demo_and_an_old_record_does_not_hide_it(tmp_path: Path) -> None:
     (tmp_path / "adamw.json").write_text("{}")
-    done = demo(tmp_path, "--heads", "5")
+    done = demo(tmp_path, "--heads", "5", "--ranks", "1")
     assert done.returncode == 1
     assert "no record" in done.stderr
     assert "loss ratio" not in done.stdout
