@@ -37,6 +37,7 @@ class Spec:
 
     @property
     def largest(self) -> np.float32:
+        """What the largest magnitude of a block becomes."""
         return F(LARGEST[self.format])
 
 
