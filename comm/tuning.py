@@ -190,7 +190,8 @@ def _latency(clock: _Clock) -> float:
 
 def _kernel_rates(clock: _Clock, codec: Codec) -> dict[str, float]:
     """Elements per second of each of the codec's operators."""
-    x, residual = _normal(KERNEL_NUMEL, clock.device), torch.zeros(KERNEL_NUMEL, device=clock.device)
+    x = _normal(KERNEL_NUMEL, clock.device)
+    residual = torch.zeros(KERNEL_NUMEL, device=clock.device) if codec.error_feedback else None
     payload = codec.encode(x, residual)
     payloads = payload.expand(clock.backend.size, -1).contiguous()
     calls: dict[str, Callable[[], object]] = {

@@ -139,7 +139,7 @@ class OnebitLamb(Freezing):
     def kernels(self) -> str:
         """What makes compressed steps: ``"gpu"``, fused kernels, or ``"torch"``, its operations.
 
-        Fused kernels come with the codec's own on CUDA devices, with more than one rank, blocks of 1024 and
+        Fused kernels come with those of a `SignCodec` on CUDA devices, with more than one rank, blocks of 1024 and
         without `local_group`. Between their steps ``state_dict()`` has ``exp_avg`` but ``state`` does not.
         """
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
