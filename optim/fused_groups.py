@@ -33,7 +33,7 @@ class FusedGroups(CompressedOptimizer):
     def kernels(self) -> str:
         """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
 
-        Fused kernels come with those of a `SignCodec`, on more than one rank, without `local_group`. Between their steps
+        Fused kernels are for a `SignCodec`, on more than one rank and without `local_group`. Between their steps
         the momentum is kept as it was sent, so ``state_dict()`` has ``exp_avg`` but ``state`` does not.
         """
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
