@@ -18,18 +18,25 @@ from onebit.optim import OnebitAdam, checkpoint
 from tests.comm.launcher import run_ranks
 
 NUMEL = 200_000  # 2.4 MB a file, so that a save takes some milliseconds
+MILLISECONDS = (1, 4, 9, 15, 22, 30, 41, 55)
 
 
 def make(backend: Backend) -> OnebitAdam:
     return OnebitAdam([Parameter(torch.zeros(NUMEL))], freeze_step=2, backend=backend)
 
 
-def be_killed_while_saving(backend: Backend, folder: Path, milliseconds: float) -> None:
-    """Rank 0 is killed, at that time after its first save; rank 1 only waits for that, as somebody must."""
-    killed = folder / "killed"
+def be_killed_while_saving(backend: Backend, folder: Path) -> None:
+    """Every rank but the last is killed, at a time of its own after its first save; the last only waits for that."""
+    folders = [folder / str(after) for after in MILLISECONDS]
+    if backend.rank == len(folders):
+        while not all((one / "killed").exists() for one in folders):
+            time.sleep(0.002)
+        return
+    own, after = folders[backend.rank], MILLISECONDS[backend.rank]
+    own.mkdir()
 
     def kill() -> None:
-        killed.touch()
+        (own / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def save(alone: Backend) -> None:
@@ -38,23 +45,27 @@ def be_killed_while_saving(backend: Backend, folder: Path, milliseconds: float) 
         for epoch in range(10_000):
             p.grad = torch.ones(NUMEL)
             optimizer.step()
-            checkpoint.save(folder / "saved", optimizer, epoch=epoch, numbers=torch.full((NUMEL,), float(epoch)))
+            checkpoint.save(own / "saved", optimizer, epoch=epoch, numbers=torch.full((NUMEL,), float(epoch)))
             if epoch == 0:
-                threading.Timer(milliseconds / 1000, kill).start()
+                threading.Timer(after / 1000, kill).start()
 
-    if backend.rank == 0:
-        run_threads(1, save)
-    while not killed.exists():
-        time.sleep(0.002)
+    run_threads(1, save)
 
 
-@pytest.mark.parametrize("milliseconds", [1, 4, 9, 15, 22, 30, 41, 55])
-def test_whenever_a_process_is_killed_its_checkpoint_can_be_loaded(milliseconds: float, tmp_path: Path) -> None:
-    run_ranks("gloo", 2, be_killed_while_saving, tmp_path, milliseconds, without=[0])
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the ranks have left, each in a folder named by its time; of one launch, as starting ranks takes longer."""
+    folder = tmp_path_factory.mktemp("killed")
+    ranks = len(MILLISECONDS)
+    run_ranks("gloo", ranks + 1, be_killed_while_saving, folder, without=range(ranks), timeout=120.0)
+    return folder
 
+
+@pytest.mark.parametrize("milliseconds", MILLISECONDS)
+def test_whenever_a_process_is_killed_its_checkpoint_can_be_loaded(milliseconds: int, killed: Path) -> None:
     def load(backend: Backend) -> dict[str, Any]:
         optimizer = make(backend)
-        extra = checkpoint.load(tmp_path / "saved", optimizer)
+        extra = checkpoint.load(killed / str(milliseconds) / "saved", optimizer)
         assert optimizer.param_groups[0]["step"] == extra["epoch"] + 1
         return extra
 
