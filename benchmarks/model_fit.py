@@ -17,7 +17,7 @@ CASES = {"all_reduce": "plain", "compressed": "compressed"}
 BURST = 512 * 1024  # of the token bucket in `onebit.benchmarks.namespaces`
 RATE = re.compile(r"\b(?P<number>[\d.]+)(?P<unit>[kmg])bit$")
 UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}
-FITTED = 3  # constants that are searched for: message, call and byte
+FITTED = 4  # that are searched for: message, call and byte, and by how much kernels are slower in an average than alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,8 @@ def points(result: Document) -> list[Point]:
 def fit(results: Sequence[Document]) -> Host:
     """The constants of the machine that `results`, over loopback, come from.
 
-    What kernels take is read from the stages of the largest averages; the rest makes the mean squared logarithm of
-    predicted over measured time least.
+    What kernels take beside each other is read from the stages of the largest averages; one factor for all of them, and
+    the rest, make the mean squared logarithm of predicted over measured time least.
 
     Raises:
         ValueError: no result has an average whose stages are known.
@@ -117,9 +117,16 @@ def _search(start: Host, loss: Callable[[Host], float]) -> Host:
 
 
 def _scaled(host: Host, factors: Sequence[float]) -> Host:
-    """Another host, with message, call and byte multiplied."""
-    message, call, byte = factors
-    return replace(host, message=host.message * message, call=host.call * call, byte=host.byte * byte)
+    """Another host, with message, call, byte and both kernels multiplied."""
+    message, call, byte, kernels = factors
+    return replace(
+        host,
+        message=host.message * message,
+        call=host.call * call,
+        byte=host.byte * byte,
+        element=host.element * kernels,
+        served=host.served * kernels,
+    )
 
 
 def _rows(result: Document) -> list[Mapping[str, Any]]:

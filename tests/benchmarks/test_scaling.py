@@ -48,7 +48,7 @@ def measured(ranks: int, host: Host, link: str = "loopback") -> record.Document:
 
 
 def test_bytes_of_two_ranks_are_what_the_driver_counts() -> None:
-    [path] = (ROOT / "benchmarks" / "results").glob("cpu-2core-net-1gbit-*.json")
+    [path] = (ROOT / "benchmarks" / "results").glob("cpu-2core-net-1gbit-????-??-??.json")
     rows = {(row["case"], row["numel"]): row["wire_formula"] for row in record.load(path)["rows"]}
     for numel in (1 << 14, 1 << 19, 1 << 24):
         assert compressed_bytes(2, numel) == rows["compressed", numel]
