@@ -27,11 +27,11 @@ __device__ __forceinline__ void hadamard(float v[TILES][ROWS][4], int size, int 
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             if (4 * step >= size) break;
-            u32 sign = lane & step ? 0x80000000u : 0;
+            float sign = lane & step ? -1.0f : 1.0f;  // times this, a number is exact: one rounding, as of a sum
 #pragma unroll
             for (int i = 0; i < 4 * ROWS; i++) {
                 float mine = v[tile][i / 4][i % 4], other = __shfl_xor_sync(ALL, mine, step);
-                v[tile][i / 4][i % 4] = __fadd_rn(other, __uint_as_float(__float_as_uint(mine) ^ sign));
+                v[tile][i / 4][i % 4] = __fmaf_rn(mine, sign, other);
             }
         }
 #pragma unroll

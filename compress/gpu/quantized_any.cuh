@@ -76,7 +76,7 @@ __device__ __forceinline__ void mean_of(
 
 // Everything but where the values come from: `fill(span, v)` gives those of a span before the residual.
 template <typename F, bool ROTATE, int TILES, typename Fill>
-__device__ __forceinline__ void encode_block(
+__device__ __forceinline__ void encode_spans(
     Fill fill, int count, float* residual, const u8* mask, u8* codes, float* scale, int block_size, Rounding rounding,
     int lane) {
     int tiles = (block_size + TILE - 1) / TILE;
@@ -148,7 +148,7 @@ __device__ __forceinline__ void encode_any(
     bool vectors = vectors_at(x);
     Place place = place_of(entry.block, sizes);
     u8* payload = out + place.payload;
-    encode_block<F, ROTATE, TILES>(
+    encode_spans<F, ROTATE, TILES>(
         [&](const Span<TILES>& span, float v[TILES][ROWS][4]) {
 #pragma unroll 1
             for (int tile = 0; tile < TILES && tile < span.tiles; tile++) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void reduce_encode_any(
     Entry entry = entries[warp_index()];
     i64 block = entry.block % (int)sizes.chunk_blocks;
     i64 at = block * code_bytes<F>(block_size);
-    encode_block<F, ROTATE, TILES>(
+    encode_spans<F, ROTATE, TILES>(
         [&](const Span<TILES>& span, float v[TILES][ROWS][4]) {
             const float* scale = scales_at(payloads, sizes) + block;
             mean_of<F, ROTATE, TILES>(payloads + at, scale, (int)ranks, sizes.payload_bytes, span, block_size, lane, v);

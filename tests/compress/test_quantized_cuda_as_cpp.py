@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from onebit.compress.gpu import quantized
+from onebit.compress.kernels import DEVICES
+from tests.compress import test_quantized as specification
 from tests.gpu import test_quantized as on_gpu
 from tests.optim import warps_on_cpu
 
@@ -21,6 +25,15 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the GPU module launches runs on the CPU, and so do the tests' own tensors."""
     monkeypatch.setattr(quantized, "launch", warps_on_cpu.launch)
     monkeypatch.setattr(on_gpu, "DEVICE", "cpu")
+    monkeypatch.setitem(DEVICES, "gpu", "cpu")
+
+
+# The fixture is the same for all examples.
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_the_specification(data: st.DataObject) -> None:
+    test = specification.test_payloads_residuals_and_what_is_decoded_are_the_specification_bit_for_bit
+    test.hypothesis.inner_test("gpu", data)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", on_gpu.codecs())

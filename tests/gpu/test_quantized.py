@@ -61,7 +61,7 @@ def samples(sizes: list[int], dtype: torch.dtype, special: bool) -> list[Tensor]
             x[1] = -0.0
             x[2] = 1e-40
             if size > 2000:
-                x[1024:1100] = 1e38
+                x[1024:1100] = 1e30
                 x[1500] = float("nan")
             if size > 4999:
                 x[2048:3072] *= 1e-36
