@@ -45,6 +45,8 @@ class NodeMean:
         self._given = given
         self._rows = received.view(levels.inside.size, -1)
         self._all_to_all = levels.inside.prepare_all_to_all(received, given)
+        # A tensor, for CUDA multiplies by the rounded inverse of a number.
+        self._ranks = torch.full((), float(levels.inside.size), device=device)
         self._work: Work | None = None
         own = levels.slice_of(layout)
         self.sent = given.view(torch.uint8)
@@ -71,7 +73,7 @@ class NodeMean:
         mean = self._rows[0]
         for row in self._rows[1:]:
             mean += row
-        mean.div_(len(self._rows))
+        mean.div_(self._ranks)
         return True
 
 

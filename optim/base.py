@@ -401,7 +401,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             "backend": self._spec,
             "codec": self._codec,
             "check_every": self._check_every,
-            **({} if self._local_group is None else {"local_group": self._local_group}),
+            "local_group": self._local_group,
             **({} if self._overlap is None else {"overlap": True}),
         }
 

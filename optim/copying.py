@@ -22,15 +22,15 @@ def reduced(optimizer: CompressedOptimizer, settings: dict[str, Any]) -> tuple[A
     """What pickle keeps: a call of `remade`.
 
     Raises:
-        InputError: the backend is an object of this process.
+        InputError: the backend or the local group is an object of this process.
     """
-    backend = settings["backend"]
-    if backend is not None and not isinstance(backend, str):
-        what = f"the backend {backend.name!r}" if isinstance(backend, Backend) else f"a {type(backend).__name__}"
-        raise InputError(
-            f"{type(optimizer).__name__}: it cannot be pickled, for it has {what}, which belongs to this process; "
-            "save its state_dict(), or give the backend by its name"
-        )
+    for given in (settings["backend"], settings["local_group"]):
+        if given is not None and not isinstance(given, (str, int)):
+            what = f"the backend {given.name!r}" if isinstance(given, Backend) else f"a {type(given).__name__}"
+            raise InputError(
+                f"{type(optimizer).__name__}: it cannot be pickled, for it has {what}, which belongs to this process; "
+                "save its state_dict(), or give the backend by its name"
+            )
     made = (type(optimizer), optimizer.param_groups, {**_options(optimizer), **settings}, optimizer.state_dict())
     return remade, made
 
