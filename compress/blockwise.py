@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +11,8 @@ from torch import Tensor
 from onebit.compress.blocks import codes_of, gathered, mask_of, real_elements, scales_of, scatter
 from onebit.compress.layout import Layout
 from onebit.compress.reference import all_finite, unpack_bits
+
+__all__ = ["BlockFormat", "all_finite", "decode", "encode", "reduce_encode", "undo_reduce"]
 
 
 class BlockFormat(ABC):
@@ -40,58 +41,6 @@ class BlockFormat(ABC):
         return decoded
 
 
-@dataclass(frozen=True)
-class BlockOperators:
-    """The `Operators` of a codec that is described by a `BlockFormat`; on tensors of any device."""
-
-    form: BlockFormat
-
-    def encode(
-        self, tensors: Sequence[Tensor], residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout
-    ) -> None:
-        """As `Codec.encode`."""
-        if layout.blocks:
-            encode(tensors, residual, mask, out, layout, self.form)
-
-    def reduce_encode(
-        self,
-        payloads: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-    ) -> None:
-        """As `Codec.reduce_encode`."""
-        if layout.blocks:
-            reduce_encode(payloads, residual, mask, out, layout, chunk, self.form)
-
-    def undo_reduce(
-        self,
-        payloads: Tensor,
-        residual: Tensor,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-        keep: Tensor | None = None,
-    ) -> None:
-        """As `Operators.undo_reduce`."""
-        if layout.blocks:
-            undo_reduce(payloads, residual, mask, out, layout, chunk, keep, self.form)
-
-    def all_finite(self, payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-        """As `Operators.all_finite`."""
-        if not any(layout.blocks for layout in layouts):
-            return torch.ones((), dtype=torch.bool, device=payloads[0].device)
-        return all_finite(payloads, layouts)
-
-    def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
-        """As `Codec.decode`."""
-        if layout.blocks:
-            decode(payloads, mask, tensors, layout, self.form)
-
-
 @torch.no_grad()
 def encode(
     tensors: Sequence[Tensor],
@@ -99,12 +48,12 @@ def encode(
     mask: Tensor | None,
     out: Tensor,
     layout: Layout,
-    form: BlockFormat,
+    how: BlockFormat,
 ) -> None:
     """Write one payload per chunk to `out`; update `residual` (padded, or ending with the last real element)."""
     values = gathered(tensors, layout, out.device)
     real = real_elements(layout, layout.segments, layout.blocks, out.device)
-    _encode(values, residual, real, mask, out.view(layout.chunks, -1), layout, form)
+    _encode(values, residual, real, mask, out.view(layout.chunks, -1), layout, how)
 
 
 @torch.no_grad()
@@ -115,12 +64,12 @@ def reduce_encode(
     out: Tensor,
     layout: Layout,
     chunk: int,
-    form: BlockFormat,
+    how: BlockFormat,
 ) -> None:
     """Write the payload of the mean of `payloads` (ranks, payload_bytes), all of `chunk`, to `out`."""
     real = real_elements(layout, layout.chunk_segments(chunk), layout.chunk_blocks, out.device)
-    mean = _mean(payloads, layout, form).view(-1)
-    _encode(mean, residual, real, mask_of(mask, layout, chunk), out.view(1, -1), layout, form)
+    mean = _mean(payloads, layout, how).view(-1)
+    _encode(mean, residual, real, mask_of(mask, layout, chunk), out.view(1, -1), layout, how)
 
 
 @torch.no_grad()
@@ -132,7 +81,7 @@ def undo_reduce(
     layout: Layout,
     chunk: int,
     keep: Tensor | None,
-    form: BlockFormat,
+    how: BlockFormat,
 ) -> None:
     """Put `residual` (chunk_numel,) back to what it was before `reduce_encode` wrote `out`, to within rounding.
 
@@ -146,16 +95,16 @@ def undo_reduce(
         unchanged |= unpack_bits(dead).view(unchanged.shape)
     if keep is not None:
         unchanged |= keep
-    said = _mean(out.view(1, -1), layout, form)
+    said = _mean(out.view(1, -1), layout, how)
     now = residual.view(unchanged.shape)
-    now.copy_(torch.where(unchanged, now, (now + said) - _mean(payloads, layout, form)))
+    now.copy_(torch.where(unchanged, now, (now + said) - _mean(payloads, layout, how)))
 
 
 @torch.no_grad()
-def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout, form: BlockFormat) -> None:
+def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout, how: BlockFormat) -> None:
     """Write the elements of all chunks of `payloads` (chunks · payload_bytes,) to `tensors`."""
     codes, scales = _sections(payloads.view(layout.chunks, -1), layout)
-    values = form.restore(form.decode(codes, scales)).view(-1)
+    values = how.restore(how.decode(codes, scales)).view(-1)
     if mask is not None:
         values = torch.where(unpack_bits(mask), 0.0, values)
     scatter(values, tensors, layout)
@@ -168,7 +117,7 @@ def _encode(
     mask: Tensor | None,
     out: Tensor,
     layout: Layout,
-    form: BlockFormat,
+    how: BlockFormat,
 ) -> None:
     """Finish encode and reduce_encode: `values` is flat and padded, `real` (blocks, block_size) bool."""
     live = real if mask is None else real & ~unpack_bits(mask).view(real.shape)
@@ -178,28 +127,28 @@ def _encode(
         old[:held] = residual[:held]
         values = values + old
     c = torch.where(live, values.view(live.shape), 0.0)
-    codes, scales = form.encode(c)
+    codes, scales = how.encode(c)
     payloads = out.shape[0]
     codes_of(out, layout).copy_(codes.view(payloads, -1))
     scales_of(out, layout).copy_(scales.view(payloads, -1))
     if residual is not None:
-        said = form.restore(form.decode(codes, scales))
+        said = how.restore(how.decode(codes, scales))
         kept = ~scales.isfinite()[:, None] | ~real
         new = torch.where(kept, old.view(live.shape), torch.where(live, c - said, 0.0))
         residual[:held] = new.view(-1)[:held]
 
 
-def _mean(payloads: Tensor, layout: Layout, form: BlockFormat) -> Tensor:
+def _mean(payloads: Tensor, layout: Layout, how: BlockFormat) -> Tensor:
     """(chunk_blocks, block_size) fp32: the mean of what payloads (ranks, payload_bytes) of one chunk decode to."""
     # Divided by a tensor, as torch multiplies by the reciprocal of a number on some devices.
     ranks = torch.full((layout.chunk_blocks,), float(payloads.shape[0]), device=payloads.device)
     total = None
     for rank in range(payloads.shape[0]):
         codes, scales = _sections(payloads[rank : rank + 1], layout)
-        share = form.decode(codes, scales / ranks)
+        share = how.decode(codes, scales / ranks)
         total = share if total is None else total + share
     assert total is not None
-    return form.restore(total)
+    return how.restore(total)
 
 
 def _sections(payloads: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

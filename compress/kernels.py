@@ -14,6 +14,7 @@ from torch import Tensor
 
 from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout
+from onebit.compress.operators import Functions
 from onebit.compress.quantizer import Quantizer
 
 _log = logging.getLogger(__name__)
@@ -86,54 +87,10 @@ class Kernels(Protocol):
         """Bits to ±1."""
 
 
-class QuantizedKernels(Protocol):
+class QuantizedKernels(Functions[Quantizer], Protocol):
     """One implementation of every operator of the quantizing codecs; `quantized_reference` says what each does."""
 
     name: str
-
-    def encode(
-        self,
-        tensors: Sequence[Tensor],
-        residual: Tensor | None,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        how: Quantizer,
-    ) -> None:
-        """Tensors to one payload per chunk."""
-
-    def reduce_encode(
-        self,
-        payloads: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-        how: Quantizer,
-    ) -> None:
-        """Every rank's payload of one chunk to the payload of their mean."""
-
-    def undo_reduce(
-        self,
-        payloads: Tensor,
-        residual: Tensor,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-        keep: Tensor | None,
-        how: Quantizer,
-    ) -> None:
-        """The residual as it was before reduce_encode, unless `keep`."""
-
-    def all_finite(self, payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-        """Whether all scales are finite, 0-dim bool on the device."""
-
-    def decode(
-        self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout, how: Quantizer
-    ) -> None:
-        """One payload per chunk to tensors."""
 
 
 def kernels_for(device: torch.device, name: str | None = None) -> Kernels:

@@ -1,19 +1,17 @@
-"""What the quantizing codecs share: their options, checked, and the operators of one implementation."""
+"""What the quantizing codecs share: their options, checked, and what kernels are told of them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from onebit.compress.codec import Codec
 from onebit.compress.errors import InputError
-from onebit.compress.kernels import QuantizedKernels, quantized_kernels_for
-from onebit.compress.layout import Layout
+from onebit.compress.kernels import quantized_kernels_for
+from onebit.compress.operators import BoundOperators
 from onebit.compress.quantizer import Format, Quantizer
 
 LARGEST_ROTATED = 4096  # elements of a block that is transformed as a whole
@@ -45,9 +43,9 @@ class QuantizedCodec(Codec):
         """Return the name of the implementation that runs for tensors on `device`."""
         return quantized_kernels_for(torch.device(device), self.kernels).name
 
-    def unchecked(self, device: torch.device) -> QuantizedOperators:
+    def unchecked(self, device: torch.device) -> BoundOperators[Quantizer]:
         """Return the operators without checks, for who makes the same call again and again."""
-        return QuantizedOperators(quantized_kernels_for(device, self.kernels), self.quantizer)
+        return BoundOperators(quantized_kernels_for(device, self.kernels), self.quantizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,56 +83,3 @@ class IntegerCodec(QuantizedCodec):
         """What kernels are told."""
         stochastic = self.rounding == "stochastic"
         return Quantizer(format=self.format, stochastic=stochastic, rotate=self.rotate, seed=self.seed)
-
-
-@dataclass(frozen=True)
-class QuantizedOperators:
-    """One implementation of the operators with the options of one codec; nothing is checked."""
-
-    kernels: QuantizedKernels
-    how: Quantizer
-
-    def encode(
-        self, tensors: Sequence[Tensor], residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout
-    ) -> None:
-        """As `Codec.encode`."""
-        if layout.blocks:
-            self.kernels.encode(tensors, residual, mask, out, layout, self.how)
-
-    def reduce_encode(
-        self,
-        payloads: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-    ) -> None:
-        """As `Codec.reduce_encode`."""
-        if layout.blocks:
-            self.kernels.reduce_encode(payloads, residual, mask, out, layout, chunk, self.how)
-
-    def undo_reduce(
-        self,
-        payloads: Tensor,
-        residual: Tensor,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-        keep: Tensor | None = None,
-    ) -> None:
-        """As `Operators.undo_reduce`."""
-        if layout.blocks:
-            self.kernels.undo_reduce(payloads, residual, mask, out, layout, chunk, keep, self.how)
-
-    def all_finite(self, payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-        """As `Operators.all_finite`."""
-        if not any(layout.blocks for layout in layouts):
-            return torch.ones((), dtype=torch.bool, device=payloads[0].device)
-        return self.kernels.all_finite(payloads, layouts)
-
-    def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
-        """As `Codec.decode`."""
-        if layout.blocks:
-            self.kernels.decode(payloads, mask, tensors, layout, self.how)

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from onebit.compress import Codec, Fp8Codec, InputError, Int4Codec, Int8Codec, Layout, SignCodec
+from onebit.compress import BlockOperators, Codec, Fp8Codec, InputError, Int4Codec, Int8Codec, Layout, SignCodec
 from onebit.compress.blocks import real_elements
-from onebit.compress.blockwise import BlockOperators
 from onebit.compress.kernels import DEVICES, DTYPES, QUANTIZED
 from onebit.compress.quantized import QuantizedCodec
 from onebit.compress.quantized_reference import QuantizedBlocks, hadamard
