@@ -39,7 +39,8 @@ class Part:
 
     def encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Fill `sent` from the whole list of tensors, row-major, and update `residual`."""
-        operators.encode(self._pick(rows), self.residual, self.mask, self.sent, self.layout)
+        if self.layout.segments:  # else it is padding, of which nothing is said
+            operators.encode(self._pick(rows), self.residual, self.mask, self.sent, self.layout)
 
     def decode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Write the mean to this part of the whole list of tensors, row-major."""
@@ -47,7 +48,7 @@ class Part:
 
     def undo_encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Put `residual` back to what it was before `encode` of the same list, to within rounding."""
-        if self.residual is None:
+        if self.residual is None or not self.layout.segments:
             return
         rows, layout = self._pick(rows), self.layout
         given = torch.zeros_like(self.residual)

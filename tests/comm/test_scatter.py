@@ -23,7 +23,7 @@ from onebit.comm import (
     compressed_reduce_scatter,
     run_threads,
 )
-from onebit.compress import SignCodec
+from onebit.compress import Int8Codec, SignCodec
 from onebit.compress.codec import Codec
 from tests.comm import oracle
 from tests.comm.launcher import needs_mpi, run_ranks
@@ -126,10 +126,11 @@ def test_the_functions_keep_error_feedback_in_one_object_and_forget_it_without()
 
 def test_lists_without_elements_and_more_ranks_than_blocks() -> None:
     def average(backend: Backend, like: list[Tensor]) -> None:
-        scatter, gather = both(backend, like)
-        out = [torch.full_like(t, 7.0) for t in like]
-        gather(scatter(like), out)
-        assert all(bool((t == 0).all()) for t in out)
+        for codec in (SignCodec(), Int8Codec()):
+            scatter, gather = both(backend, like, codec)
+            out = [torch.full_like(t, 7.0) for t in like]
+            gather(scatter(like), out)
+            assert all(bool((t == 0).all()) for t in out)
 
     for like in ([], [torch.empty(0)], [torch.zeros(5)], [torch.zeros(()), torch.zeros(0, 3)]):
         for world_size in (1, 3):

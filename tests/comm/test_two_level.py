@@ -130,6 +130,23 @@ def test_it_is_the_flat_average_of_node_means_bit_for_bit_with_other_codecs_and_
         assert run_threads(4, average, codec, 2) == run_threads(2, average, codec, 1) * 2
 
 
+def test_fewer_blocks_than_ranks_and_lists_without_elements() -> None:
+    def average(backend: Backend, like: list[Tensor], codec: Any) -> None:
+        reduce = CompressedAllreduce(like, backend, codec, local_group=2)
+        for _ in range(2):
+            tensors = [torch.full_like(t, 1.5) for t in like]
+            work = reduce.start(tensors)
+            work.finish()
+            work.undo()
+            reduce(tensors)
+            assert all(bool((t == 1.5).all()) for t in tensors)
+        reduce.load_state_dict(reduce.state_dict())
+
+    for like in ([], [torch.empty(0)], [torch.zeros(5)], [torch.zeros(()), torch.zeros(0, 3)]):
+        for codec in (SignCodec(), Int8Codec()):
+            run_threads(4, average, like, codec)
+
+
 def test_one_rank_a_node_is_the_flat_average_and_one_node_the_exact_mean() -> None:
     def average(backend: Backend, local_group: int | None) -> tuple[Any, Any, tuple[str, ...]]:
         reduce = CompressedAllreduce(torch.zeros(3000), backend, local_group=local_group)
