@@ -34,35 +34,44 @@ class NodeMean:
         device: where the tensors are.
 
     Attributes:
-        sent: this rank's numbers in block order, as bytes.
-        slots: this rank's numbers, fp32, one tensor per segment of the layout.
-        mine: the mean, likewise, one tensor per segment of the slice.
-        filled: the slots were written since they were last sent.
+        given: (layout.padded_numel,) fp32, this rank's numbers in block order.
+        mine: the mean, fp32, one tensor per segment of the slice.
+        filled: there are numbers that were not sent yet.
     """
 
     def __init__(self, layout: Layout, levels: Levels, device: torch.device) -> None:
         given, received = torch.zeros(2, layout.padded_numel, device=device)
-        self._given = given
+        self.given = given
+        self._inside = levels.inside
+        self._received = received
         self._rows = received.view(levels.inside.size, -1)
-        self._all_to_all = levels.inside.prepare_all_to_all(received, given)
+        self._next = self._all_to_all = levels.inside.prepare_all_to_all(received, given)
         # A tensor, for CUDA multiplies by the rounded inverse of a number.
         self._ranks = torch.full((), float(levels.inside.size), device=device)
         self._work: Work | None = None
         own = levels.slice_of(layout)
-        self.sent = given.view(torch.uint8)
-        self.slots = [given[layout.residual_span(s)] for s in layout.segments]
+        self._slots = [given[layout.residual_span(s)] for s in layout.segments]
         self.mine = [self._rows[0][own.residual_span(s)] for s in own.segments]
         self.filled = False
 
+    def give(self, pieces: Sequence[Tensor]) -> None:
+        """Have these numbers to send, a flat tensor per segment of the layout; one that fills it is sent as it lies."""
+        alone = len(pieces) == 1 and pieces[0].dtype == torch.float32 and pieces[0].numel() == self.given.numel()
+        if alone:
+            self._next = self._inside.prepare_all_to_all(self._received, pieces[0])
+        else:
+            torch._foreach_copy_(self._slots, list(pieces))
+        self.filled = True
+
     def spoil(self) -> None:
         """Have NaN to send."""
-        self._given.fill_(torch.nan)
+        self.given.fill_(torch.nan)
         self.filled = True
 
     def start(self, in_line: bool) -> None:
         """Start sending slices to who looks after them."""
-        self._work = self._all_to_all.start(in_line=in_line)
-        self.filled = False
+        self._work = self._next.start(in_line=in_line)
+        self._next, self.filled = self._all_to_all, False
 
     def finish(self) -> bool:
         """Wait for what was started and take the mean; False where nothing was."""
@@ -79,7 +88,7 @@ class NodeMean:
 
 @dataclass(frozen=True, kw_only=True)
 class TwoLevelPart(Part):
-    """`sent` is fp32 numbers in block order, which `encode` fills; what is encoded is another's and the node's too.
+    """`encode` gives numbers and no payloads, and `sent` is a buffer for them; what is encoded is the node's mean.
 
     Attributes:
         node: the numbers inside the node.
@@ -90,11 +99,9 @@ class TwoLevelPart(Part):
     between: Bucket
 
     def encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
-        """Fill `sent` from the whole list of tensors, row-major."""
+        """Give the whole list of tensors, row-major; they must stay untouched until the node's mean is taken."""
         picked = self._pick(rows)
-        pieces = [picked[s.tensor].view(-1)[s.offset : s.offset + s.numel] for s in self.layout.segments]
-        torch._foreach_copy_(self.node.slots, pieces)
-        self.node.filled = True
+        self.node.give([picked[s.tensor].view(-1)[s.offset : s.offset + s.numel] for s in self.layout.segments])
 
     def undo_encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Put the slice's error feedback back to what it was before it was encoded, to within rounding."""
@@ -143,7 +150,7 @@ class TwoLevelBucket(Bucket):
             used=used,
             residual=None,
             mask=None,
-            sent=self._node.sent,
+            sent=self._node.given.view(torch.uint8),
             gathered=gathered,
             squared=self._between.part.squared,
             node=self._node,
@@ -159,10 +166,10 @@ class TwoLevelBucket(Bucket):
         self._between.set_mask(masks)
 
     def encode(self, encode: Callable[[Part], None]) -> None:
-        """Have the slots filled; the slice is encoded when the node's mean is there.
+        """Have numbers given; the slice is encoded when the node's mean is there.
 
         Raises:
-            InputError: they were not filled, for `encode` writes payloads.
+            InputError: none were given, for `encode` writes payloads.
         """
         self._between.begin()
         encode(self.part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -165,6 +166,29 @@ def test_one_rank_a_node_is_the_flat_average_and_one_node_the_exact_mean() -> No
     [exact] = oracle.dense_mean([arrays([normal(rank)]) for rank in range(3)])
     assert np.all(np.abs(mean - exact) <= 2 * oracle.dense_slack([arrays([normal(rank)]) for rank in range(3)])[0])
     assert run_threads(1, average, 1)[0][0] == bits(normal(0))
+
+
+def test_a_tensor_that_fills_its_bucket_is_sent_as_it_lies_and_not_kept() -> None:
+    def average(backend: Backend) -> bool:
+        numel = 4 * 64 * 5  # blocks for every rank
+        whole, pieces = (CompressedAllreduce(like, backend, CODEC, local_group=2) for like in shapes(numel))
+        for call in range(2):
+            x = normal(backend.rank, call, numel=numel)
+            parts = [part.clone() for part in x.split(numel // 2)]
+            given = x.clone()
+            kept = weakref.ref(given)
+            work = whole.start(given)
+            work.finish()
+            work.decode(x)
+            del given, work
+            pieces(parts)
+            assert bits(torch.cat(parts)) == bits(x)
+        return kept() is None
+
+    def shapes(numel: int) -> tuple[Tensor, list[Tensor]]:
+        return torch.zeros(numel), [torch.zeros(numel // 2)] * 2
+
+    assert run_threads(4, average) == [True] * 4
 
 
 def test_every_rank_keeps_and_sends_between_nodes_a_kth() -> None:
