@@ -22,7 +22,7 @@ F = np.float32
 LARGEST = {"int8": 127, "int4": 7, "fp8": 448}
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
 TINY = F(2.0**-100)  # a block whose largest value is below says nothing
-INFINITY = 0x7F800000
+LIMIT, LIMIT_ROTATED = F(2.0**127), F(2.0**115)  # what is as large might decode to what is not finite
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def encode(x: Floats, residual: Floats | None, live: Bools, real: Bools, spec: S
         v = transformed(c) if spec.rotate else c
         bits = (v.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(1)
         largest = bits.view(F)
-        broken, silent = bits >= INFINITY, largest < TINY
+        broken, silent = ~(largest < (LIMIT_ROTATED if spec.rotate else LIMIT)), largest < TINY
         scales = np.where(broken, F(np.nan), np.where(silent, F(0), largest / spec.largest)).astype(F)
         scales[broken] = np.array([0x7FC00000], np.uint32).view(F)
         inverse = np.where(broken | silent, F(0), spec.largest / largest).astype(F)

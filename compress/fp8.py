@@ -16,7 +16,8 @@ class Fp8Codec(QuantizedCodec):
     Elements are off by at most a sixteenth of themselves, down to s·2⁻⁶, and below that by at most s·2⁻¹⁰: small
     elements of a block keep more of themselves than with `Int8Codec`, large ones less. Ties go to even.
 
-    A block with a non-finite c sends the scale NaN, decodes to NaN and leaves its residual as it was. A block of
+    A block with a c that is not finite, or so large that what it decodes to might not be (`Quantizer.bound`), sends the
+    scale NaN, decodes to NaN and leaves its residual as it was. A block of
     magnitudes below 2⁻¹⁰⁰ alone says 0. Arithmetic is fp32. The format: Micikevicius et al. 2022 (arXiv 2209.05433),
     e4m3 without infinities; block-wise scales: Dettmers et al. 2021 (arXiv 2110.02861).
 

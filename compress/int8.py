@@ -16,7 +16,8 @@ class Int8Codec(IntegerCodec):
     To the nearest, no element is off by more than s / 2, and the wire takes a quarter of fp32's bytes. Without error
     feedback it needs no memory and no state, at about the precision of bfloat16 for the large elements of a block.
 
-    A block with a non-finite c sends the scale NaN, decodes to NaN and leaves its residual as it was. A block of
+    A block with a c that is not finite, or so large that what it decodes to might not be (`Quantizer.bound`), sends the
+    scale NaN, decodes to NaN and leaves its residual as it was. A block of
     magnitudes below 2⁻¹⁰⁰ alone says 0. All arithmetic is fp32. Block-wise scales: Dettmers et al. 2021
     (arXiv 2110.02861); stochastic rounding of what is averaged: Alistarh et al. 2017 (QSGD, arXiv 1610.02132); rotation
     before it: Suresh et al. 2017 (arXiv 1611.00429), here without their random signs.

@@ -25,7 +25,6 @@ __all__ = ["all_finite", "decode", "encode", "reduce_encode", "undo_reduce"]
 name = "reference"
 
 TINY = 2.0**-100  # a block whose largest magnitude is below has the scale 0, so that M / A is finite
-INFINITY = 0x7F800000  # the bits of it; a larger magnitude is no number
 WORD = 0xFFFFFFFF
 
 
@@ -83,7 +82,7 @@ class QuantizedBlocks(BlockFormat):
         v = hadamard(c) if self.how.rotate else c
         bits = (v.view(torch.int32) & 0x7FFFFFFF).amax(1)
         largest = bits.view(torch.float32)
-        broken, silent = bits >= INFINITY, largest < TINY
+        broken, silent = ~(largest < self.how.bound), largest < TINY
         limit = torch.full_like(largest, self.how.largest)
         scales = torch.where(broken, torch.nan, torch.where(silent, 0.0, largest / limit))
         without = (broken | silent)[:, None]

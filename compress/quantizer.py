@@ -36,3 +36,11 @@ class Quantizer:
     def largest(self) -> float:
         """What the largest magnitude of a block becomes."""
         return _LARGEST[self.format]
+
+    @property
+    def bound(self) -> float:
+        """A block with a magnitude of this or more counts as not finite, for what it decodes to might not be.
+
+        A transform of up to 4096 elements may have a sum of 4096 times the largest.
+        """
+        return 2.0**115 if self.rotate else 2.0**127

@@ -24,9 +24,11 @@ from onebit.compress.cpu.rotation import rotate
 
 _ZERO = np.float32(0.0)
 _NAN = np.float32(np.nan)
-_INFINITY = np.uint32(0x7F800000)
 _ABSOLUTE = np.uint32(0x7FFFFFFF)
 _LEAST = np.uint32((127 - 100) << 23)  # the bits of 2⁻¹⁰⁰; a block of smaller numbers says 0
+# The bits of `Quantizer.bound`, without a rotation and with one.
+_BOUND = np.uint32((127 + 127) << 23)
+_BOUND_ROTATED = np.uint32((127 + 115) << 23)
 
 
 @inline
@@ -94,11 +96,12 @@ def finish_block(
         rotate(w, c, words)
         v = w
     top = largest_bits(v, words)
-    if top >= _INFINITY or top < _LEAST:
-        simd.put_f32(scale, _NAN if top >= _INFINITY else _ZERO)
+    broken = top >= (_BOUND_ROTATED if rotated != 0 else _BOUND)
+    if broken or top < _LEAST:
+        simd.put_f32(scale, _NAN if broken else _ZERO)
         for byte in range(0, block_bytes, 4):
             simd.put_word(codes + byte, np.uint32(0))
-        if r != 0 and top < _LEAST:
+        if r != 0 and not broken:
             fill(w, words, _ZERO)
             keep_rest(r, c, w, n, words, mask)
         return

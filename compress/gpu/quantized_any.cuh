@@ -105,7 +105,7 @@ __device__ __forceinline__ void encode_spans(
         for (int tile = 0; tile < TILES && tile < span.tiles; tile++) most = max(most, largest_of(v[tile]));
     }
     most = largest_over_lanes(most);
-    Steps steps = steps_of<F>(most);
+    Steps steps = steps_of<F, ROTATE>(most);
     if (lane == 0) *scale = steps.scale;
     for (int first = 0; first < tiles; first += TILES) {
         if (tiles > TILES) load(first);
@@ -118,7 +118,7 @@ __device__ __forceinline__ void encode_spans(
                 if (in_block(first + tile, row, lane, block_size))
                     rows_at<F>(codes)[32 * (ROWS * (first + tile) + row) + lane] = rows[row];
         }
-        if (residual == nullptr || most >= INFINITE) continue;
+        if (residual == nullptr || is_broken<ROTATE>(most)) continue;
         if (ROTATE) hadamard<TILES>(v, block_size, lane);
 #pragma unroll 1
         for (int tile = 0; tile < TILES && tile < span.tiles; tile++) {

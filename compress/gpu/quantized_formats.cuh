@@ -3,8 +3,13 @@
 #pragma once
 #include "block.cuh"
 
-constexpr u32 INFINITE = 0x7F800000u;
 constexpr float SMALLEST = 7.88860905221e-31f;  // 2^-100: a block of less is all zeros
+
+// Whether a block with this largest magnitude, as bits, counts as not finite: 2^127, or 2^115 where it is rotated.
+template <bool ROTATE>
+__device__ __forceinline__ bool is_broken(u32 most) {
+    return most >= (ROTATE ? 0x79000000u : 0x7F000000u);
+}
 
 struct Rounding {
     bool stochastic;
@@ -56,10 +61,10 @@ struct Steps {
 };
 
 // `most`: the bits of the largest magnitude of a block.
-template <typename F>
+template <typename F, bool ROTATE>
 __device__ __forceinline__ Steps steps_of(u32 most) {
     float largest = __uint_as_float(most);
-    if (most >= INFINITE) return {__uint_as_float(NAN_BITS), 0.0f};
+    if (is_broken<ROTATE>(most)) return {__uint_as_float(NAN_BITS), 0.0f};
     if (largest < SMALLEST) return {0.0f, 0.0f};
     return {__fdiv_rn(largest, F::MOST), __fdiv_rn(F::MOST, largest)};
 }

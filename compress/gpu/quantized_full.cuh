@@ -30,13 +30,13 @@ __device__ __forceinline__ void finish(
     for (int i = 0; i < 4 * ROWS; i++) v[0][i / 4][i % 4] = c[i / 4][i % 4];
     if (ROTATE) hadamard<1>(v, TILE, lane);
     u32 most = largest_over_lanes(largest_of(v[0]));
-    Steps steps = steps_of<F>(most);
+    Steps steps = steps_of<F, ROTATE>(most);
     if (lane == 0) *scale = steps.scale;
     typename F::row rows[ROWS];
     quantize<F>(v[0], rows, steps, most, rounding, 0, lane);
 #pragma unroll
     for (int row = 0; row < ROWS; row++) rows_at<F>(codes)[32 * row + lane] = rows[row];
-    if (residual == nullptr || most >= INFINITE) return;
+    if (residual == nullptr || is_broken<ROTATE>(most)) return;
     if (ROTATE) hadamard<1>(v, TILE, lane);
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
