@@ -93,7 +93,7 @@ class TorchBackend(Backend):
             part._abort()
 
     def _part(self, members: Sequence[int]) -> TorchBackend:
-        """A process group of its own, which `torch.distributed.destroy_process_group` of the default group closes."""
+        """A process group of its own, which torch.distributed forgets with the default group."""
         world = dist.group.WORLD
         if self.name == "nccl" and world is not None and world.bound_device_id and world.size() != self.size:
             raise BackendError(

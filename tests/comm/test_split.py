@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from onebit.comm import Backend, BackendError, TransportError, make_backend, run_threads
 from tests.comm.launcher import needs_mpi, run_ranks
@@ -135,17 +134,6 @@ def test_a_rank_that_has_ended_fails_the_waits_of_its_parts_at_once() -> None:
     with pytest.raises(ValueError, match="this rank's own"):  # and not the TransportError that follows from it
         run_threads(4, end)
     assert time.monotonic() - since < LATE
-
-
-def close(backend: Backend) -> None:
-    part = backend.split(backend.rank % 2)
-    dist.destroy_process_group()
-    with pytest.raises(TransportError):
-        gathered(part, 0)
-
-
-def test_closing_the_default_process_group_closes_its_parts() -> None:
-    run_ranks("gloo", 2, close)
 
 
 def free(backend: Backend) -> int:
