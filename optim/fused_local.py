@@ -1,4 +1,4 @@
-"""A local step of 0/1 Adam by a fused kernel; neither it nor what it finds out makes the host wait for the device."""
+"""Local steps of 0/1 Adam by a fused kernel; neither they nor what they find out make the host wait for a GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onebit.compress import Codec, SignCodec
+from onebit.compress import SignCodec
 from onebit.optim.fused import row_major
 from onebit.optim.known import Known
-from onebit.optim.local_steps import KEPT, MEAN, RATE, START, Reach, begin, is_open, starts_of
+from onebit.optim.local_kernels import LocalStep
+from onebit.optim.local_steps import KEPT, MEAN, RATE, START, Reach, is_open, starts_of
+from onebit.optim.master import master_of
 
 States = Sequence[MutableMapping[str, Any]]
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -22,23 +24,19 @@ class FusedLocal:
     """Makes the local steps of one group: a layout, with which tables are kept, and the numbers of each tensor.
 
     Args:
+        kernel: what makes a step.
         params: of the group, those that have a variance.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, kernel: type[LocalStep], params: Sequence[Tensor]) -> None:
         device = params[0].device
+        self._kernel = kernel
         (self._layout,) = SignCodec().plan(list(params))
         self._rows = torch.zeros(len(params), 4, device=device)
         self._lists: Lists = ([], [], [], [])
         # Kept from interval to interval: to allocate hundreds of small tensors takes longer than a step.
         self._means = [torch.empty(p.shape, device=device) for p in params]
-        self._starts = [torch.empty(p.shape, device=device) for p in params if p.dtype == torch.float32]
-
-    @staticmethod
-    def can(params: Sequence[Tensor], states: States, group: Mapping[str, Any], codec: Codec) -> bool:
-        """Whether there is a kernel for these options where the parameters are."""
-        coupled = not group["adamw_mode"] and group["weight_decay"]
-        return bool(params) and not coupled and codec.kernels_on(params[0].device) == "gpu"
+        self._starts: dict[int, Tensor] = {}
 
     def step(self, known: Known, gradients: Sequence[Tensor | None], group: Mapping[str, Any]) -> Tensor:
         """Make a step; the states become row-major, and those of an interval that begins if there is none.
@@ -53,13 +51,9 @@ class FusedLocal:
         """
         params, states = known.params, known.states
         reach = Reach.of(states, known.counts(), group)
-        if not is_open(states):
-            begin(params, states, group, self._starts)
-            torch._foreach_zero_(self._means)
-            for state, mean in zip(states, self._means, strict=True):
-                state[MEAN] = mean
+        begins = None if is_open(states) else self._begin(known, group)
         rows = row_major(params)
-        taken = self._launch(rows, self._row_major_lists(states), gradients, group, reach)
+        taken = self._launch(rows, self._row_major_lists(states), gradients, group, reach, begins)
         if rows is not params:
             for p, row in zip(params, rows, strict=True):
                 if p is not row:
@@ -68,6 +62,18 @@ class FusedLocal:
             state[RATE], state[KEPT] = rate, kept
         known.count()
         return taken
+
+    def _begin(self, known: Known, group: Mapping[str, Any]) -> list[bool]:
+        """Give an interval's tensors to the states; returns which starts are to be written: a master is one already."""
+        begins = []
+        for i, (p, state, mean) in enumerate(zip(known.params, known.states, self._means, strict=True)):
+            state[MEAN] = mean
+            begins.append(master_of(p, state, group) is None)
+            if begins[-1]:
+                if i not in self._starts:
+                    self._starts[i] = torch.empty(p.shape, device=p.device)
+                state[START] = self._starts[i]
+        return begins
 
     def _row_major_lists(self, states: States) -> Lists:
         """Momenta, means, starts and variances; the states' own, which are made row-major where somebody wrote them."""
@@ -89,9 +95,8 @@ class FusedLocal:
         gradients: Sequence[Tensor | None],
         group: Mapping[str, Any],
         reach: Reach,
+        begins: Sequence[bool] | None,
     ) -> Tensor:
-        from onebit.optim.gpu.local import LocalStep
-
         columns = (reach.shares, reach.rates, reach.kept, [1 / root for root in reach.roots])
         numbers = torch.tensor([column[:1] if reach.alike else column for column in columns]).t()
         device = self._rows.device
@@ -99,7 +104,7 @@ class FusedLocal:
         beta1 = group["betas"][0]
         taken = torch.empty((), dtype=torch.bool, device=self._rows.device)
         momenta, means, starts, variances = lists
-        LocalStep(
+        self._kernel(
             layout=self._layout,
             grads=row_major(gradients),
             params=rows,
@@ -112,6 +117,7 @@ class FusedLocal:
             beta1=beta1,
             alpha=(beta1 - 1) if group["maximize"] else (1 - beta1),
             eps=group["eps"],
+            begins=begins,
         ).make()
         return taken
 

@@ -66,26 +66,11 @@ def is_open(states: Sequence[Mapping[str, Any]]) -> bool:
     return any(RATE in state for state in states)
 
 
-def begin(
-    params: Sequence[Tensor],
-    states: Sequence[MutableMapping[str, Any]],
-    group: Mapping[str, Any],
-    copies: Sequence[Tensor] = (),
-) -> None:
-    """Remember the values of parameters, where the ranks last met; a master is that already and stays as it is.
-
-    Args:
-        copies: where to remember those of the fp32 parameters; none: in new tensors.
-    """
-    values = fp32_values(params, states, group)
-    own = [value for p, value in zip(params, values, strict=True) if value is p]
-    copies = copies or [torch.empty_like(value) for value in own]
-    if own:
-        torch._foreach_copy_(list(copies), own)
-    left = iter(copies)
-    for p, value, state in zip(params, values, states, strict=True):
+def begin(params: Sequence[Tensor], states: Sequence[MutableMapping[str, Any]], group: Mapping[str, Any]) -> None:
+    """Remember the values of parameters, where the ranks last met; a master is that already and stays as it is."""
+    for p, value, state in zip(params, fp32_values(params, states, group), states, strict=True):
         if value is not state.get("master"):
-            state[START] = next(left) if value is p else value
+            state[START] = value.clone() if value is p else value
 
 
 def end(states: Sequence[MutableMapping[str, Any]]) -> None:

@@ -19,15 +19,19 @@ def fp32_values(
     """
     values = []
     for p, state in zip(params, states, strict=True):
-        if p.dtype == torch.float32:
-            values.append(p)
-        elif group["master_weights"]:
-            if "master" not in state:
-                state["master"] = p.float()
-            values.append(state["master"])
-        else:
-            values.append(p.float())
+        master = master_of(p, state, group)
+        values.append(p if p.dtype == torch.float32 else p.float() if master is None else master)
     return values
+
+
+def master_of(p: Tensor, state: MutableMapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
+    """``state["master"]``, made if it is asked for first; None: the parameter is in fp32, or the group wants none."""
+    if p.dtype == torch.float32 or not group["master_weights"]:
+        return None
+    if "master" not in state:
+        state["master"] = p.float()
+    master: Tensor = state["master"]
+    return master
 
 
 def write_back(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -20,6 +20,7 @@ from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.fused_interval import FusedInterval
 from onebit.optim.fused_local import FusedLocal
 from onebit.optim.known import Known
+from onebit.optim.local_kernels import LocalStep, local_kernel
 from onebit.optim.local_steps import (
     KEPT,
     MEAN,
@@ -158,6 +159,16 @@ class ZeroOneAdam(FusedGroups):
         )
 
     @property
+    def local_kernels(self) -> str:
+        """What makes local steps: ``"cpu"`` or ``"gpu"``, a fused kernel; or ``"torch"``, its operations.
+
+        Fused kernels come with the codec's own, on more than one rank and with decoupled weight decay or none.
+        """
+        kernels = [self._local_kernel(group) for group in self.param_groups if group["params"]]
+        names = {"torch" if kernel is None else kernel.name for kernel in kernels}
+        return names.pop() if len(names) == 1 and self.backend.size > 1 else "torch"
+
+    @property
     def left_out_steps(self) -> int:
         """Local steps that this rank took no part in, as it had a non-finite number; waits for the device."""
         self._unheard.wait()
@@ -222,9 +233,13 @@ class ZeroOneAdam(FusedGroups):
         if kind == "variance" and not within:
             return _Variance(self, group, reducers)
         if kind == "local" and self.backend.size > 1:
-            fits = FusedLocal.can(known.params, known.states, group, self._codec)
-            return (_FusedLocal if fits else _Local)(self, group, reducers, known)
+            kernel = self._local_kernel(group) if known.params else None
+            step = _Local if kernel is None else functools.partial(_FusedLocal, kernel)
+            return step(self, group, reducers, known)
         return _Sync(self, group, reducers, known)
+
+    def _local_kernel(self, group: Mapping[str, Any]) -> type[LocalStep] | None:
+        return local_kernel(group["params"][0].device, group, self._codec)
 
     def _is_staged(self, group: Mapping[str, Any]) -> bool:
         return self._planned(group, group["step"]) != "local"
@@ -404,7 +419,15 @@ class _Local:
 class _FusedLocal:
     """A step that a rank makes by itself, in one pass over memory."""
 
-    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers, known: Known) -> None:
+    def __init__(
+        self,
+        kernel: type[LocalStep],
+        optimizer: ZeroOneAdam,
+        group: dict[str, Any],
+        reducers: GroupReducers,
+        known: Known,
+    ) -> None:
+        self._kernel = kernel
         self._optimizer = optimizer
         self._group = group
         self._reducers = reducers
@@ -421,7 +444,7 @@ class _FusedLocal:
     def commit(self) -> None:
         kept = self._optimizer._locals
         if self._reducers not in kept:
-            kept[self._reducers] = FusedLocal(self._known.params)
+            kept[self._reducers] = FusedLocal(self._kernel, self._known.params)
         taken = kept[self._reducers].step(self._known, self._gradients, self._group)
         self._optimizer._note(taken)
 

@@ -216,6 +216,12 @@ def less(builder: Any, a: Any, b: Any) -> Any:
     return builder.bitcast(builder.fcmp_ordered("<", a, b), I32)
 
 
+@operation(types.uint32, f32x32, f32x32)
+def equal(builder: Any, a: Any, b: Any) -> Any:
+    """Bit i is a[i] == b[i]: set for a zero and the other one, clear where one is NaN."""
+    return builder.bitcast(builder.fcmp_ordered("==", a, b), I32)
+
+
 @operation(f32x32, types.float32)
 def splat(builder: Any, scalar: Any) -> Any:
     """The scalar in every lane."""

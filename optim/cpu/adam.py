@@ -6,13 +6,11 @@ elements, of which the last one of a tensor may have fewer; words are counted ov
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from onebit.compress.cpu import simd
-from onebit.compress.cpu.block import BF16, F32, WORD, inline, load_values
-from onebit.optim.cpu.values import store_values
+from onebit.compress.cpu.block import F32, WORD, inline, load_values
+from onebit.optim.cpu.values import factor, load_word, prefetch_word, store_values, store_word, word_bytes
 
 # int64. The first word of the next row is where a tensor ends; there is one row more than tensors.
 COLUMNS = ("first_word", "numel", "param", "grad", "exp_avg", "exp_avg_sq", "copy", "dtypes")
@@ -24,8 +22,6 @@ NO_COPY = 3  # a dtype code beside those of values; "dtypes" has two bits for ea
 _SIGN, _L2, _KEEP, _BETA1, _ALPHA1, _BETA2, _ALPHA2, _RATE, _ROOT, _EPS = range(0, 4 * len(SCALARS), 4)
 _ROW = 8 * len(COLUMNS)
 _SCALAR_ROW = 4 * len(SCALARS)
-
-_AHEAD = 2048  # bytes; the hardware's own prefetching stops at each page's end, seven streams have many of them
 
 
 def count_steps(first: int, last: int, steps: int, counts: int) -> None:
@@ -73,14 +69,19 @@ def _update_tensor(first: int, last: int, row: int, scalars: int, stage: int) ->
     v, copy = simd.get_i64_at(row, 5), simd.get_i64_at(row, 6)
     p_dtype, g_dtype, m_dtype = dtypes & 3, dtypes >> 2 & 3, dtypes >> 4 & 3
     v_dtype, copy_dtype = dtypes >> 6 & 3, dtypes >> 8 & 3
-    p_bytes, g_bytes, m_bytes, v_bytes = _bytes(p_dtype), _bytes(g_dtype), _bytes(m_dtype), _bytes(v_dtype)
+    p_bytes, g_bytes, m_bytes, v_bytes = (
+        word_bytes(p_dtype),
+        word_bytes(g_dtype),
+        word_bytes(m_dtype),
+        word_bytes(v_dtype),
+    )
     full = n >> 5
     for word in range(first, min(last, full)):
         pw, gw, mw, vw = p + p_bytes * word, g + g_bytes * word, m + m_bytes * word, v + v_bytes * word
-        _prefetch(pw, p_dtype)
-        _prefetch(gw, g_dtype)
-        _prefetch(mw, m_dtype)
-        _prefetch(vw, v_dtype)
+        prefetch_word(pw, p_dtype)
+        prefetch_word(gw, g_dtype)
+        prefetch_word(mw, m_dtype)
+        prefetch_word(vw, v_dtype)
         _update_word(pw, gw, mw, vw, p_dtype, g_dtype, m_dtype, v_dtype, copy + 64 * word, copy_dtype, scalars)
     rest = n & 31
     if rest != 0 and last > full:
@@ -112,58 +113,20 @@ def _update_word(
     scalars: int,
 ) -> None:
     """Update 32 elements."""
-    value = _load(p, p_dtype)
-    gradient = simd.multiply(_load(g, g_dtype), _factor(scalars + _SIGN))
+    value = load_word(p, p_dtype)
+    gradient = simd.multiply(load_word(g, g_dtype), factor(scalars + _SIGN))
     if simd.get_f32(scalars + _L2) != 0:  # 0 · inf would be NaN
-        gradient = simd.add(gradient, simd.multiply(value, _factor(scalars + _L2)))
-    value = simd.multiply(value, _factor(scalars + _KEEP))
-    momentum = simd.multiply(_load(m, m_dtype), _factor(scalars + _BETA1))
-    momentum = simd.add(momentum, simd.multiply(gradient, _factor(scalars + _ALPHA1)))
-    variance = simd.multiply(_load(v, v_dtype), _factor(scalars + _BETA2))
-    square = simd.multiply(simd.multiply(gradient, _factor(scalars + _ALPHA2)), gradient)
+        gradient = simd.add(gradient, simd.multiply(value, factor(scalars + _L2)))
+    value = simd.multiply(value, factor(scalars + _KEEP))
+    momentum = simd.multiply(load_word(m, m_dtype), factor(scalars + _BETA1))
+    momentum = simd.add(momentum, simd.multiply(gradient, factor(scalars + _ALPHA1)))
+    variance = simd.multiply(load_word(v, v_dtype), factor(scalars + _BETA2))
+    square = simd.multiply(simd.multiply(gradient, factor(scalars + _ALPHA2)), gradient)
     variance = simd.add(variance, square)
-    spread = simd.add(simd.multiply(simd.square_root(variance), _factor(scalars + _ROOT)), _factor(scalars + _EPS))
-    value = simd.subtract(value, simd.divide(simd.multiply(momentum, _factor(scalars + _RATE)), spread))
-    _store(p, p_dtype, value)
-    _store(m, m_dtype, momentum)
-    _store(v, v_dtype, variance)
+    spread = simd.add(simd.multiply(simd.square_root(variance), factor(scalars + _ROOT)), factor(scalars + _EPS))
+    value = simd.subtract(value, simd.divide(simd.multiply(momentum, factor(scalars + _RATE)), spread))
+    store_word(p, p_dtype, value)
+    store_word(m, m_dtype, momentum)
+    store_word(v, v_dtype, variance)
     if copy_dtype != NO_COPY:
-        _store(copy, copy_dtype, value)
-
-
-@inline
-def _bytes(dtype: int) -> int:
-    """Bytes of a word."""
-    return 128 if dtype == F32 else 64
-
-
-@inline
-def _prefetch(address: int, dtype: int) -> None:
-    """Ask for the word that will be needed some words later; an address that nothing lies at is no error."""
-    simd.prefetch(address + _AHEAD)
-    if dtype == F32:
-        simd.prefetch(address + _AHEAD + 64)
-
-
-@inline
-def _factor(address: int) -> Any:
-    return simd.splat(simd.get_f32(address))
-
-
-@inline
-def _load(address: int, dtype: int) -> Any:
-    if dtype == F32:
-        return simd.load_f32(address)
-    if dtype == BF16:
-        return simd.load_bf16(address)
-    return simd.load_f16(address)
-
-
-@inline
-def _store(address: int, dtype: int, value: Any) -> None:
-    if dtype == F32:
-        simd.store_f32(address, value)
-    elif dtype == BF16:
-        simd.store_u16(address, simd.to_bf16_lanes(value))
-    else:
-        simd.store_u16(address, simd.to_f16_lanes(value))
+        store_word(copy, copy_dtype, value)

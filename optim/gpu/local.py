@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from torch import Tensor
+import torch
 
 from onebit.compress.gpu.module import launch
-from onebit.compress.layout import Layout
+from onebit.optim import local_kernels
 from onebit.optim.gpu.blocks import Group, Places, numels
 from onebit.optim.gpu.operands import TYPES, bits, operand, sorted_blocks
 
@@ -18,43 +18,14 @@ _ROLES = ("grads", "params", "momenta", "means", "starts", "variances")
 _TAKING_BACK = 1 << 18  # threads; they loop, for nearly always there is nothing to take back
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalStep:
-    """One local step of a list of tensors, all row-major and on one device.
+class LocalStep(local_kernels.LocalStep):
+    """One local step of CUDA tensors."""
 
-    With m' = β₁·m + α·g, 0 where v is 0, and a' = a + share·(m' - a), a parameter becomes
-    x = kept·y - rate·a' / (√v·root + ε), rounded; every operation in fp32 is rounded once.
-
-    Attributes:
-        layout: of the tensors, in blocks of 1024 and one chunk; tables are kept with it.
-        grads: g, fp32, bf16 or fp16; None counts as zeros.
-        params: x, fp32, bf16 or fp16, overwritten.
-        momenta, means: m and a, fp32, updated in place.
-        starts, variances: y and v, fp32.
-        rows: (k, 4) fp32 on the device: share, rate, kept and root of each tensor.
-        finite: 0-dim bool on the device.
-        beta1, alpha, eps: β₁, ±(1-β₁) and ε.
-    """
-
-    layout: Layout
-    grads: Sequence[Tensor | None]
-    params: Sequence[Tensor]
-    momenta: Sequence[Tensor]
-    means: Sequence[Tensor]
-    starts: Sequence[Tensor]
-    variances: Sequence[Tensor]
-    rows: Tensor
-    finite: Tensor
-    beta1: float
-    alpha: float
-    eps: float
+    name: ClassVar[str] = "gpu"
 
     def make(self) -> None:
-        """Make the step, and set `finite`: whether all m' are.
-
-        Where one is not, the whole step is taken back but for its decay: no m changes, a becomes a·(1 - share), both to
-        within rounding, and x follows.
-        """
+        """As `optim.local_kernels.LocalStep.make`."""
+        self._begin()
         device, layout = self.rows.device, self.layout
         self.finite.fill_(True)
         lists = (self.grads, self.params, self.momenta, self.means, self.starts, self.variances)
@@ -71,6 +42,15 @@ class LocalStep:
         for group in found:
             for places in (group.full, group.others):
                 self._launch("take_back", min(32 * places.n, _TAKING_BACK), places, group, addresses)
+
+    def _begin(self) -> None:
+        """Write what an interval begins with, where one does."""
+        if self.begins is None:
+            return
+        torch._foreach_zero_(list(self.means))
+        pairs = [(y, x) for y, x, own in zip(self.starts, self.params, self.begins, strict=True) if own]
+        if pairs:
+            torch._foreach_copy_([y for y, _ in pairs], [x for _, x in pairs])
 
     def _launch(self, kernel: str, threads: int, places: Places, group: Group, addresses: Sequence[int]) -> None:
         if not places.n:

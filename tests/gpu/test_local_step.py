@@ -1,10 +1,10 @@
-"""The kernel of 0/1 Adam's local steps against separate fp32 operations, bit for bit, and taken back to rounding."""
+"""The kernels of 0/1 Adam's local steps against separate fp32 operations, bit for bit, and taken back to rounding."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -137,6 +137,29 @@ def test_a_step_with_a_number_that_is_not_finite_adds_nothing(bad: float, share:
         for mine, before in zip(means, given.means, strict=True):
             torch.testing.assert_close(mine, before * (1 - share), rtol=0, atol=8 * 8 * 2**-24)
         assert not any(differing(step.params, moved(given, rows, means)))
+
+
+@pytest.mark.parametrize("bad", [None, float("nan")])
+def test_a_step_that_begins_an_interval_reads_no_mean_and_starts_where_parameters_are(bad: float | None) -> None:
+    torch.manual_seed(2)
+    given = lists(DTYPES["mixed"], DTYPES["mixed"])
+    begins = [True, False, True, True]  # the second has a master
+    if bad is not None and given.grads[0] is not None:
+        given.grads[0][5] = bad
+    prepared = replace(
+        given,
+        means=[torch.zeros_like(a) for a in given.means],
+        starts=[p.float() if own else y for p, y, own in zip(given.params, given.starts, begins, strict=True)],
+    )
+    given.means = [torch.full_like(a, torch.nan) for a in given.means]
+    given.starts = [torch.full_like(y, torch.nan) if own else y for y, own in zip(given.starts, begins, strict=True)]
+    rows = rows_of(1.0)
+    expected, step = step_of(prepared, rows), replace(step_of(given, rows), begins=begins)
+    for made in (expected, step):
+        made.make()
+    assert bool(step.finite) == bool(expected.finite) == (bad is None)
+    for role in ("momenta", "means", "starts", "params"):
+        assert not any(differing(getattr(step, role), [t.cpu() for t in getattr(expected, role)])), role
 
 
 def test_a_bad_gradient_of_a_dead_entry_counts_for_nothing() -> None:

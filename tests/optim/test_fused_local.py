@@ -1,4 +1,4 @@
-"""ZeroOneAdam with the fused kernel of local steps goes the way it goes without; the CPU runs the kernel's source."""
+"""ZeroOneAdam with a fused kernel of local steps, the CPU's or the GPU's source, goes the way it goes without."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onebit.comm import Backend, run_threads
-from onebit.optim import ZeroOneAdam
-from onebit.optim.fused_local import FusedLocal
-from onebit.optim.gpu.local import LocalStep
+from onebit.compress import Int8Codec, SignCodec
+from onebit.optim import ZeroOneAdam, zero_one_adam
+from onebit.optim.cpu import local as cpu
+from onebit.optim.gpu import local as gpu
+from onebit.optim.local_kernels import LocalStep
 from tests.comm.samples import arrays
 from tests.optim.samples import contents, parameters, step, through_a_file
 from tests.optim.test_zero_one_adam import KINDS, SOON, mixed, mostly, spoiled
@@ -24,26 +26,38 @@ from tests.optim.warps_on_cpu import COMPILER, kernels_on_cpu
 
 __all__ = ["kernels_on_cpu"]
 
-pytestmark = [pytest.mark.skipif(COMPILER is None, reason="no g++"), pytest.mark.usefixtures("kernels_on_cpu")]
-
 BAD = (15, 17, 19, 20)  # local steps: the first and the last of an interval, and two that follow each other
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[LocalStep]]:
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Local steps are made by torch's operations, until `fused` is called."""
+    monkeypatch.setattr(zero_one_adam, "local_kernel", lambda device, group, codec: None)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def fused(
+    request: pytest.FixtureRequest, unfused: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], list[LocalStep]]:
     """Call it, and local steps are fused from then on; what it returns lists those made."""
+    if request.param == "cpu":
+        kernel: type[LocalStep] = cpu.LocalStep
+    elif COMPILER is None:
+        pytest.skip("no g++")
+    else:
+        request.getfixturevalue("kernels_on_cpu")
+        kernel = gpu.LocalStep
+    made: list[LocalStep] = []
+    original, one_at_a_time = kernel.make, threading.Lock()
+
+    def make(self: LocalStep) -> None:
+        with one_at_a_time:  # the lanes of a warp are the process's own
+            original(self)
+        made.append(self)
 
     def turn_on() -> list[LocalStep]:
-        made: list[LocalStep] = []
-        original, one_at_a_time = LocalStep.make, threading.Lock()
-
-        def make(self: LocalStep) -> None:
-            with one_at_a_time:  # the lanes of a warp are the process's own
-                original(self)
-            made.append(self)
-
-        monkeypatch.setattr(LocalStep, "make", make)
-        monkeypatch.setattr(FusedLocal, "can", staticmethod(lambda params, states, group, codec: bool(params)))
+        monkeypatch.setattr(kernel, "make", make)
+        monkeypatch.setattr(zero_one_adam, "local_kernel", lambda device, group, codec: kernel)
         return made
 
     return turn_on
@@ -135,3 +149,15 @@ def test_the_operations_of_a_local_step_do_not_grow_with_the_number_of_tensors(
     fused()
     (few, _), (many, _) = run_threads(2, operations, 3), run_threads(2, operations, 30)
     assert few == many
+
+
+def test_an_optimizer_tells_what_makes_its_local_steps() -> None:
+    def told(backend: Backend, **options: Any) -> str:
+        return ZeroOneAdam(parameters(), backend=backend, **{**SOON, **options}).local_kernels
+
+    reference = SignCodec(kernels="reference")
+    coupled = {"adamw_mode": False, "weight_decay": 0.1}
+    assert run_threads(1, told) == ["torch"]
+    assert run_threads(2, told) == ["cpu"] * 2
+    for options, expected in (({"codec": Int8Codec()}, "cpu"), ({"codec": reference}, "torch"), (coupled, "torch")):
+        assert run_threads(2, lambda backend, options=options: told(backend, **options)) == [expected] * 2
