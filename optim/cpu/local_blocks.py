@@ -49,20 +49,20 @@ def look_blocks(
             continue
         g_bytes = word_bytes(g_dtype)
         g = simd.get_i64_at(row, 0) + (g_bytes >> 5) * offset
+        usual = _ALL
+        for word in range(n >> 5):
+            gw = g + word * g_bytes
+            prefetch_word(gw, g_dtype)
+            usual = np.uint32(usual & simd.less(simd.absolute(load_word(gw, g_dtype)), large))
+        if usual == _ALL and n & 31 == 0:
+            continue
+        m, v = simd.get_i64_at(row, 2) + 4 * offset, simd.get_i64_at(row, 5) + 4 * offset
         for word in range((n + 31) >> 5):
-            gw, left = g + word * g_bytes, n - 32 * word
-            if left < 32:
-                load_values(g1, gw, g_dtype, left, 1)
-                gradient = simd.load_f32(g1)
-            else:
-                prefetch_word(gw, g_dtype)
-                gradient = load_word(gw, g_dtype)
-            if simd.less(simd.absolute(gradient), large) == _ALL:
-                continue
-            at = 4 * (offset + 32 * word)
-            load_values(m1, simd.get_i64_at(row, 2) + at, F32, min(left, 32), 1)
-            load_values(v1, simd.get_i64_at(row, 5) + at, F32, min(left, 32), 1)
-            following = _following(simd.load_f32(m1), gradient, simd.load_f32(v1), factors)
+            left = min(n - 32 * word, 32)
+            load_values(g1, g + word * g_bytes, g_dtype, left, 1)
+            load_values(m1, m + word * WORD, F32, left, 1)
+            load_values(v1, v + word * WORD, F32, left, 1)
+            following = _following(simd.load_f32(m1), simd.load_f32(g1), simd.load_f32(v1), factors)
             finite = np.uint32(finite & simd.less(simd.absolute(following), infinity))
     if finite != _ALL:
         simd.put_word(spoilt, np.uint32(1))
