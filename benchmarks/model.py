@@ -3,7 +3,7 @@
     plain      (all_reduce of float32)      2·⌈log₂ n⌉ messages + 8·N·(n - 1)/n bytes
     compressed (all_to_all, all_gather)     per bucket one call and 2·(n - 1) messages; 2·(n - 1) payloads of a chunk;
                                             encode and decode of N elements, reduce_encode of a chunk
-    two-level  (on paper only)              float32 within a host, compressed between hosts, a part for each rank
+    two-level  (`local_group=`)             float32 within a host, compressed between hosts, a part for each rank
 
 Bytes and kernels of different buckets run at the same time: the longer of the two counts, and of the shorter what one
 bucket has of it. Plain messages are those of a tree, the fewest there can be, so large groups do not flatter us.
