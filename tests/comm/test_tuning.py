@@ -96,7 +96,7 @@ def test_backends_of_one_process_group_share_the_measurement(kind: str) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_what_is_no_codec_is_refused_before_anything_is_measured() -> None:
-    with pytest.raises(InputError, match=r"a codec must be a SignCodec, .* got 'sign'"):
+    with pytest.raises(InputError, match=r"a codec must be a Codec, .* got 'sign'"):
         tune(codec="sign")  # type: ignore[arg-type]
 
 
