@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> Plan:
     if options.short:
         return Plan(steps=4 * options.short, exact=options.short, sparse=options.short, lr=options.lr)
-    return Plan(steps=options.steps, exact=max(1, options.steps // 4), sparse=max(1, 2 * options.steps // 5), lr=options.lr)
+    steps: int = options.steps
+    return Plan(steps=steps, exact=max(1, steps // 4), sparse=max(1, 2 * steps // 5), lr=options.lr)
 
 
 def _rank(options: argparse.Namespace) -> int:
