@@ -237,7 +237,7 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
     "of other tensors": (lambda s: broken(s, numels=[*s["numels"], 0]), "has numels"),
     "of another rank": (lambda s: broken(s, rank=1 - s["rank"]), r"has rank \d.*Residual\.reshard"),
     "of another world size": (lambda s: broken(s, world_size=4), r"has world_size 4, here it is 2.*Residual\.reshard"),
-    "of another bucket size": (lambda s: elsewhere(s), "another bucket size or block size"),
+    "of another bucket size": (lambda s: elsewhere(s), "another bucket size, block size or local_group"),
 }
 
 
