@@ -49,7 +49,7 @@ class Plan:
     saving: bool
     moment: float
     limit: float
-    folder: str
+    folder: str = field(repr=False)
 
     @staticmethod
     def draw(
