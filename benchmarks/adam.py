@@ -101,6 +101,7 @@ class Contestant:
     Attributes:
         role: what others are measured against it as; empty for ours.
         roundings: as of `Step`.
+        on_cuda: the same on CUDA, where it is another number.
     """
 
     name: str
@@ -108,6 +109,11 @@ class Contestant:
     role: str
     make: Make
     roundings: int = 1
+    on_cuda: int | None = None
+
+    def roundings_on(self, device: torch.device) -> int:
+        """How often a result may be rounded there."""
+        return self.on_cuda if self.on_cuda is not None and device.type == "cuda" else self.roundings
 
 
 def _torch(**how: Any) -> Make:
@@ -134,7 +140,7 @@ def _ours(**options: Any) -> Make:
 
 TORCH = (
     # On CUDA its bias corrections are float32, and in the first steps 1 - 0.999ᵗ has lost some of its digits.
-    Contestant("torch fused", "torch.optim.AdamW(fused=True)", "fused", _torch(fused=True), roundings=512),
+    Contestant("torch fused", "torch.optim.AdamW(fused=True)", "fused", _torch(fused=True), on_cuda=512),
     Contestant("torch foreach", "torch.optim.AdamW(foreach=True)", "foreach", _torch(foreach=True), roundings=16),
     Contestant("torch for-loop", "torch.optim.AdamW(foreach=False)", "for-loop", _torch(foreach=False), roundings=16),
 )
@@ -154,7 +160,9 @@ def contest(contestants: Sequence[Contestant], *, many: bool = False) -> list[Ca
             role=one.role,
             against=() if one.role else tuple(other.role for other in contestants if other.role),
             moved=lambda setting: 7.0 * setting.numel * setting.dtype.itemsize,
-            inputs=lambda setting: _inputs(setting, one.make, setting.dtype, MANY if many else None, one.roundings),
+            inputs=lambda setting: _inputs(
+                setting, one.make, setting.dtype, MANY if many else None, one.roundings_on(setting.device)
+            ),
             run=Step.run,
             check=Step.check,
         )
