@@ -12,7 +12,7 @@ import torch
 from onebit.benchmarks.driver import Sweep
 from onebit.benchmarks.sizes import parse_size, sweep_sizes
 from onebit.benchmarks.tables import CASES, select
-from onebit.comm.allreduce import BUCKET_MB
+from onebit.comm.bucket_size import BUCKET_MB
 from onebit.compress import Codec, Fp8Codec, Int4Codec, Int8Codec, OnebitError, SignCodec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

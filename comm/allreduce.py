@@ -15,8 +15,6 @@ from torch import Tensor
 
 from onebit.comm.auto import Mode
 from onebit.comm.bucket import Bucket
-from onebit.comm.bucket_size import BUCKET_MB as BUCKET_MB
-from onebit.comm.bucket_size import bucket_mb_for as bucket_mb_for
 from onebit.comm.levels import LocalGroup
 from onebit.comm.part import Part
 from onebit.comm.plain import PlainPart

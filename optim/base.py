@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Backend, Residual, Stats, agree, make_backend
-from onebit.comm.allreduce import bucket_mb_for
+from onebit.comm.bucket_size import bucket_mb_for
 from onebit.comm.ddp import AveragingHook, unattached
 from onebit.comm.levels import LocalGroup
 from onebit.compress import Codec, InputError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from onebit.comm.allreduce import bucket_mb_for
+from onebit.comm.bucket_size import bucket_mb_for
 from onebit.compress import InputError
 from onebit.optim.exchange import Exchange
 from onebit.optim.refusals import refused_gradient
