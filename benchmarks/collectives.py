@@ -162,8 +162,8 @@ def _compressed_wire(setting: Setting) -> float:
     return _share(setting) * packed(setting)
 
 
-def _two_level_wire(setting: Setting) -> float:
-    """Between nodes: what a flat average over nodes sends of a rank's slice."""
+def two_level_wire(setting: Setting) -> float:
+    """What a rank sends between nodes: what a flat average over nodes sends of its slice."""
     nodes = setting.backend.size // setting.local
     return 2 * (nodes - 1) / nodes * packed(setting) / setting.local
 
@@ -218,7 +218,7 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         nodes=True,
         capturable=True,
         moved=_tensor_bytes,
-        wire=_two_level_wire,
+        wire=two_level_wire,
         inputs=_inputs_of("compressed", two_levels=True),
         refresh=_put_back,
         run=_run,

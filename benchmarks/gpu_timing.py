@@ -48,9 +48,20 @@ def timed(run: Callable[[], object], rounds: int, launches: int = LAUNCHES) -> l
 
 
 def make_row(
-    case: str, dtype: torch.dtype, numel: int, nbytes: int, times: list[float], wrong: int | None, wire: int = 0
+    case: str,
+    dtype: torch.dtype,
+    numel: int,
+    nbytes: int,
+    times: list[float],
+    wrong: int | None,
+    wire: int = 0,
+    counted: int | None = None,
 ) -> Row:
-    """The row of a case that moves `nbytes` in memory or, for an average, has as many; `times` in seconds."""
+    """The row of a case that moves `nbytes` in memory or, for an average, has as many.
+
+    times: seconds of each round. wire: bytes that a rank must send; counted: those that it handed to the transport,
+    where onebit counts them.
+    """
     median = float(np.median(times))
     return Row(
         case=case,
@@ -59,9 +70,9 @@ def make_row(
         nbytes=nbytes,
         seconds=tuple(times),
         algbw=nbytes / median / 1e9,
-        wire_bytes=None if case.startswith("nccl") else wire or None,  # nobody counts what NCCL sends
+        wire_bytes=counted,
         wire_formula=wire,
-        wire_busbw=wire / median / 1e9,
+        wire_busbw=(counted or wire) / median / 1e9,
         link_bytes=None,
         stages={},
         ratios={},

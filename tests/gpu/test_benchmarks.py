@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,26 @@ def test_all_ranks_pick_alike_over_nccl(world_size: int) -> None:
     measured, modes, right = first
     assert right, measured
     assert modes[0] == "plain", measured  # a thousand elements: one collective against two and three kernels
+
+
+LAUNCHERS = {
+    1: [],
+    **{n: ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m"] for n in WORLD_SIZES},
+}
+
+
+@pytest.mark.parametrize("ranks", LAUNCHERS)
+def test_codecs_and_levels_are_right_beside_copies_and_nccl(ranks: int, tmp_path: Path) -> None:
+    flags = ["--mega=1", "-n2", "--sizes", "--per-node=2", f"--output={tmp_path}", "--codecs", "sign", "int8", "fp8"]
+    command = [sys.executable, "-m", *LAUNCHERS[ranks], "onebit.benchmarks.gpu", *flags]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    [path] = tmp_path.glob("*.json")
+    rows = record.load(path)["rows"]
+    cases = {row["case"] for row in rows}
+    assert {"encode fp8", "decode int8"} <= cases if ranks == 1 else {"compressed int8", "compressed fp8"} <= cases
+    assert ranks != 4 or "compressed int8, nodes of 2" in cases, cases
+    assert not [row["case"] for row in rows if row["wrong"]], run.stdout[-4000:]
 
 
 @needs_two
