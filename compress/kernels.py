@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from onebit.compress.errors import InputError
-from onebit.compress.layout import Layout
 from onebit.compress.operators import Functions
 from onebit.compress.quantizer import Quantizer
 
@@ -34,51 +33,13 @@ DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # the type of device an implementation 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Kernels(Protocol):
-    """One implementation of every operator of `SignCodec`; `reference` says what each does, and nothing is checked."""
+class Kernels(Functions[bool], Protocol):
+    """One implementation of every operator of `SignCodec`; `reference` says what each does.
+
+    They are told whether a scale is the root of the mean square; to decode, and to undo, it makes no difference.
+    """
 
     name: str
-
-    def encode(
-        self,
-        tensors: Sequence[Tensor],
-        residual: Tensor | None,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        squared: bool,
-    ) -> None:
-        """Tensors to one payload per chunk."""
-
-    def reduce_encode(
-        self,
-        payloads: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-        squared: bool,
-    ) -> None:
-        """Every rank's payload of one chunk to the payload of their mean."""
-
-    def undo_reduce(
-        self,
-        payloads: Tensor,
-        residual: Tensor,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-        keep: Tensor | None,
-    ) -> None:
-        """The residual as it was before reduce_encode, unless `keep`."""
-
-    def all_finite(self, payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-        """Whether all scales are finite, 0-dim bool on the device."""
-
-    def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
-        """One payload per chunk to tensors."""
 
     def pack_signs(self, x: Tensor, out: Tensor) -> None:
         """Values to bits."""

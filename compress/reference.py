@@ -58,6 +58,7 @@ def undo_reduce(
     layout: Layout,
     chunk: int,
     keep: Tensor | None,
+    squared: bool,
 ) -> None:
     """Put `residual` (chunk_numel,) back to what it was before `reduce_encode` wrote `out`, to within rounding.
 
@@ -76,7 +77,7 @@ def undo_reduce(
 
 
 @torch.no_grad()
-def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
+def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout, squared: bool) -> None:
     """Write the elements of all chunks of `payloads` (chunks · payload_bytes,) to `tensors`."""
     signs, scales = _sections(payloads.view(layout.chunks, -1), layout)
     scale = scales.reshape(-1, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from onebit.compress.checks import byte_output, check_bytes, checked_numel, dense_tensors, one_device
 from onebit.compress.codec import Codec
 from onebit.compress.errors import InputError
-from onebit.compress.kernels import Kernels, kernels_for
-from onebit.compress.layout import Layout
+from onebit.compress.kernels import kernels_for
+from onebit.compress.operators import BoundOperators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,62 +52,13 @@ class SignCodec(Codec):
         return SignOperators(kernels_for(device, self.kernels), self.scale == "rms")
 
 
-@dataclass(frozen=True)
-class SignOperators:
-    """One implementation of the operators with the options of one `SignCodec`; nothing is checked."""
+class SignOperators(BoundOperators[bool]):
+    """The operators of a `SignCodec`; how a scale is taken is all they are told."""
 
-    kernels: Kernels
-    squared: bool
-
-    def encode(
-        self, tensors: Sequence[Tensor], residual: Tensor | None, mask: Tensor | None, out: Tensor, layout: Layout
-    ) -> None:
-        """As `Codec.encode`."""
-        if layout.blocks:
-            self.kernels.encode(tensors, residual, mask, out, layout, self.squared)
-
-    def reduce_encode(
-        self,
-        payloads: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-    ) -> None:
-        """As `Codec.reduce_encode`."""
-        if layout.blocks:
-            self.kernels.reduce_encode(payloads, residual, mask, out, layout, chunk, self.squared)
-
-    def undo_reduce(
-        self,
-        payloads: Tensor,
-        residual: Tensor,
-        mask: Tensor | None,
-        out: Tensor,
-        layout: Layout,
-        chunk: int,
-        keep: Tensor | None = None,
-    ) -> None:
-        """Put `residual` back to what it was before `reduce_encode` of the same arguments, to within rounding.
-
-        Args:
-            keep: 0-dim bool on the same device: nothing is put back where it is true, and the host need not know; None:
-                it is put back.
-        """
-        if layout.blocks:
-            self.kernels.undo_reduce(payloads, residual, mask, out, layout, chunk, keep)
-
-    def all_finite(self, payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-        """As `Codec.all_finite`, of several buffers on one device, at least one, each with its layout."""
-        if not any(layout.blocks for layout in layouts):
-            return torch.ones((), dtype=torch.bool, device=payloads[0].device)
-        return self.kernels.all_finite(payloads, layouts)
-
-    def decode(self, payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
-        """As `Codec.decode`."""
-        if layout.blocks:
-            self.kernels.decode(payloads, mask, tensors, layout)
+    @property
+    def squared(self) -> bool:
+        """Whether a scale is the root of the mean square, not the mean magnitude."""
+        return self.how
 
 
 def pack_signs(x: Tensor, out: Tensor | None = None, *, kernels: str | None = None) -> Tensor:

@@ -94,7 +94,7 @@ undo_reduce = reference.undo_reduce  # only for a step that is not made
 all_finite = reference.all_finite
 
 
-def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
+def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout, squared: bool) -> None:
     """As `reference.decode`."""
     bases = addresses(tensors)
     written = layout.padded_numel * (tensors[0].element_size() if tensors else 0)

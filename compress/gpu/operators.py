@@ -82,6 +82,7 @@ def undo_reduce(
     layout: Layout,
     chunk: int,
     keep: Tensor | None,
+    squared: bool,
 ) -> None:
     """As `reference.undo_reduce`."""
     blocks = chunk_entries(layout, chunk, out.device, None, plain=False).others
@@ -103,7 +104,7 @@ def all_finite(payloads: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     return finite
 
 
-def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout) -> None:
+def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout, squared: bool) -> None:
     """As `reference.decode`."""
     split, dtype = entries(layout, tensors, payloads.device, mask), dtype_of(tensors)
     full, others = split.full, split.others

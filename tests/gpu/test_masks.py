@@ -91,7 +91,7 @@ def test_the_codec_gives_the_bytes_of_the_reference(
     operators.encode(x_there, residual_there, mask_there, sent, layout, False)
     assert (differing(sent, payload), differing(residual_there, residual)) == (0, 0), "encode"
 
-    operators.decode(sent.view(CHUNKS, -1), mask_there, x_there, layout)
+    operators.decode(sent.view(CHUNKS, -1), mask_there, x_there, layout, False)
     CODEC.decode(payload, x, layout=layout, mask=mask)
     assert [differing(a, b) for a, b in zip(x_there, x, strict=True)] == [0] * len(x), "decode"
     encoded = [blocks[f"encode_{kind}{momentum_type(dtype)}"] for kind in ("full_", "masked_", "")]
