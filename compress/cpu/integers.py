@@ -15,6 +15,7 @@ from onebit.compress.cpu.intrinsic import (
     broadcast,
     constant,
     f32x32,
+    lanewise,
     load,
     operation,
     pick,
@@ -54,40 +55,14 @@ def lane_numbers(builder: Any) -> Any:
     return ir.Constant(vector(I32), list(range(LANES)))
 
 
-@operation(u32x32, u32x32, u32x32)
-def add(builder: Any, a: Any, b: Any) -> Any:
-    """a + b modulo 2³²."""
-    return builder.add(a, b)
+# Modulo 2³².
+add = lanewise(u32x32, "add")
+subtract = lanewise(u32x32, "sub")
+multiply = lanewise(u32x32, "mul")
 
-
-@operation(u32x32, u32x32, u32x32)
-def subtract(builder: Any, a: Any, b: Any) -> Any:
-    """a - b modulo 2³²."""
-    return builder.sub(a, b)
-
-
-@operation(u32x32, u32x32, u32x32)
-def multiply(builder: Any, a: Any, b: Any) -> Any:
-    """a · b modulo 2³²."""
-    return builder.mul(a, b)
-
-
-@operation(u32x32, u32x32, u32x32)
-def bit_and(builder: Any, a: Any, b: Any) -> Any:
-    """The bits that both have."""
-    return builder.and_(a, b)
-
-
-@operation(u32x32, u32x32, u32x32)
-def bit_or(builder: Any, a: Any, b: Any) -> Any:
-    """The bits that either has."""
-    return builder.or_(a, b)
-
-
-@operation(u32x32, u32x32, u32x32)
-def bit_xor(builder: Any, a: Any, b: Any) -> Any:
-    """The bits that one has and the other has not."""
-    return builder.xor(a, b)
+bit_and = lanewise(u32x32, "and_")
+bit_or = lanewise(u32x32, "or_")
+bit_xor = lanewise(u32x32, "xor")
 
 
 @operation(u32x32, u32x32, types.uint32)

@@ -77,6 +77,15 @@ def operation(result: types.Type, *arguments: types.Type) -> Callable[[Callable[
     return decorate
 
 
+def lanewise(kind: types.Type, instruction: str) -> Any:
+    """Make an intrinsic of one of LLVM's instructions, by its name in llvmlite: two vectors to one of the same kind."""
+
+    def emit(builder: Any, a: Any, b: Any) -> Any:
+        return getattr(builder, instruction)(a, b)
+
+    return operation(kind, kind, kind)(emit)
+
+
 def constant(value: float, element: ir.Type, lanes: int = LANES) -> ir.Constant:
     """A vector with the same value in every lane."""
     return ir.Constant(vector(element, lanes), [value] * lanes)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from onebit.compress.cpu import integers, simd
-from onebit.compress.cpu.block import BF16, F32, WORD, inline, live_lanes
+from onebit.compress.cpu.block import WORD, inline, live_lanes
 from onebit.compress.cpu.quantized_codes import (
     FP8,
     largest_code,
@@ -134,30 +134,3 @@ def keep_rest(r: int, c: int, w: int, n: int, words: int, mask: int) -> None:
             simd.store_f32(w + word * WORD, rest)
             for byte in range(4 * (n - 32 * word)):
                 simd.copy_byte(r + word * WORD + byte, w + word * WORD + byte)
-
-
-@inline
-def write_values(x: int, c: int, dtype: int, n: int, mask: int, stream: bool) -> None:
-    """The n values at `x` <- c, 0 where masked, rounded to nearest, ties to even; c is used up."""
-    zero, size = simd.splat(_ZERO), 4 if dtype == F32 else 2
-    stream = stream and x & 63 == 0
-    for word in range((n + 31) >> 5):
-        v = simd.load_f32(c + word * WORD)
-        if mask != 0:
-            v = simd.select(live_lanes(n, word, mask), v, zero)
-        whole = n - 32 * word >= 32
-        target = x + 32 * size * word if whole else c + word * WORD
-        if dtype == F32:
-            if stream and whole:
-                simd.stream_f32(target, v)
-            else:
-                simd.store_f32(target, v)
-        else:
-            half = simd.to_bf16_lanes(v) if dtype == BF16 else simd.to_f16_lanes(v)
-            if stream and whole:
-                simd.stream_u16(target, half)
-            else:
-                simd.store_u16(target, half)
-        if not whole:
-            for byte in range(size * (n - 32 * word)):
-                simd.copy_byte(x + 32 * size * word + byte, target + byte)

@@ -11,7 +11,8 @@ import numpy as np
 
 from onebit.compress.cpu import simd
 from onebit.compress.cpu.block import F32, add_residual, load_values
-from onebit.compress.cpu.quantized_block import finish_block, load_block, load_mean, write_values
+from onebit.compress.cpu.quantized_block import finish_block, load_block, load_mean
+from onebit.compress.cpu.values import store_values
 
 _LINE = 16  # fp32 values
 
@@ -129,6 +130,6 @@ def decode_blocks(
         index = block - chunk * chunk_blocks
         scale = simd.get_f32(payload + scales + 4 * index)
         load_block(c, form, payload + block_bytes * index, scale, words, rotated)
-        write_values(x, c, dtype, n, m, stream != 0)
+        store_values(x, c, dtype, n, m, stream != 0)
     scratch[0] = 0.0  # the last use
     simd.fence()

@@ -22,6 +22,7 @@ from onebit.compress.cpu.intrinsic import (
     broadcast,
     constant,
     f32x32,
+    lanewise,
     load,
     operation,
     pick,
@@ -157,28 +158,11 @@ def fence(builder: Any) -> Any:
     builder.fence("seq_cst")
 
 
-@operation(f32x32, f32x32, f32x32)
-def add(builder: Any, a: Any, b: Any) -> Any:
-    """a + b, each lane rounded once."""
-    return builder.fadd(a, b)
-
-
-@operation(f32x32, f32x32, f32x32)
-def subtract(builder: Any, a: Any, b: Any) -> Any:
-    """a - b, each lane rounded once."""
-    return builder.fsub(a, b)
-
-
-@operation(f32x32, f32x32, f32x32)
-def multiply(builder: Any, a: Any, b: Any) -> Any:
-    """a · b, each lane rounded once."""
-    return builder.fmul(a, b)
-
-
-@operation(f32x32, f32x32, f32x32)
-def divide(builder: Any, a: Any, b: Any) -> Any:
-    """a / b, each lane rounded once."""
-    return builder.fdiv(a, b)
+# Each lane is rounded once.
+add = lanewise(f32x32, "fadd")
+subtract = lanewise(f32x32, "fsub")
+multiply = lanewise(f32x32, "fmul")
+divide = lanewise(f32x32, "fdiv")
 
 
 @operation(f32x32, f32x32)

@@ -10,7 +10,7 @@ import numpy as np
 
 from onebit.compress.cpu import simd
 from onebit.compress.cpu.block import F32, WORD, inline, load_values
-from onebit.optim.cpu.values import factor, load_word, prefetch_word, store_values, store_word, word_bytes
+from onebit.compress.cpu.values import factor, load_word, prefetch_word, store_values, store_word, word_bytes
 
 # int64. The first word of the next row is where a tensor ends; there is one row more than tensors.
 COLUMNS = ("first_word", "numel", "param", "grad", "exp_avg", "exp_avg_sq", "copy", "dtypes")
@@ -91,11 +91,11 @@ def _update_tensor(first: int, last: int, row: int, scalars: int, stage: int) ->
         load_values(stage + 2 * WORD, m, m_dtype, rest, 1)
         load_values(stage + 3 * WORD, v, v_dtype, rest, 1)
         _update_word(stage, stage + WORD, stage + 2 * WORD, stage + 3 * WORD, F32, F32, F32, F32, 0, NO_COPY, scalars)
-        store_values(p, stage, p_dtype, rest)
-        store_values(m, stage + 2 * WORD, m_dtype, rest)
-        store_values(v, stage + 3 * WORD, v_dtype, rest)
+        store_values(p, stage, p_dtype, rest, 0, False)
+        store_values(m, stage + 2 * WORD, m_dtype, rest, 0, False)
+        store_values(v, stage + 3 * WORD, v_dtype, rest, 0, False)
         if copy_dtype != NO_COPY:
-            store_values(copy + 64 * full, stage, copy_dtype, rest)
+            store_values(copy + 64 * full, stage, copy_dtype, rest, 0, False)
 
 
 @inline

@@ -13,7 +13,7 @@ import numpy as np
 
 from onebit.compress.cpu import simd
 from onebit.compress.cpu.block import F32, WORD, inline, load_values
-from onebit.optim.cpu.values import factor, load_word, prefetch_word, store_values, stream_word, word_bytes
+from onebit.compress.cpu.values import factor, load_word, prefetch_word, store_values, stream_word, word_bytes
 
 # int64. "begins" and "copies" are 0 or 1: the mean counts as 0; y is the parameter, and is written to the start.
 COLUMNS = (
@@ -132,10 +132,10 @@ def step_blocks(
             kind = NO_GRADIENT if g_dtype == NO_GRADIENT else F32
             staged = (g1, p1, m1, a1, y1, v1)
             finite = np.uint32(finite & _step_word(*staged, kind, F32, begins, copies, scalars, factors, taken, 0))
-            store_values(m + at, m1, F32, rest)
-            store_values(a + at, a1, F32, rest)
-            store_values(y + at, y1, F32, rest)
-            store_values(p, p1, p_dtype, rest)
+            store_values(m + at, m1, F32, rest, 0, False)
+            store_values(a + at, a1, F32, rest, 0, False)
+            store_values(y + at, y1, F32, rest, 0, False)
+            store_values(p, p1, p_dtype, rest, 0, False)
     simd.fence()
     if finite != _ALL:
         simd.put_word(spoilt + 4, np.uint32(1))

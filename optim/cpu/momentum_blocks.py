@@ -14,7 +14,7 @@ import numpy as np
 from onebit.compress.cpu import simd
 from onebit.compress.cpu.block import F32, WORD, add_residual, inline, live_lanes, load_values
 from onebit.compress.cpu.kernels import finish_block
-from onebit.optim.cpu.values import store_values
+from onebit.compress.cpu.values import store_values
 
 _ZERO = np.float32(0.0)
 
@@ -285,6 +285,6 @@ def decode_update_blocks(
             moved = simd.subtract(kept, part_of(m, simd.load_f32(v + at), root, least))
             simd.store_f32(w + at, simd.select(live_lanes(n, word, dead), moved, kept))
         if master != 0:
-            store_values(element(master, offset, F32), w, F32, n)
-        store_values(p, w, dtype, n)
+            store_values(element(master, offset, F32), w, F32, n, 0, False)
+        store_values(p, w, dtype, n, 0, False)
     scratch[0] = 0.0  # the last use

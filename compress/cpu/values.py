@@ -4,31 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from onebit.compress.cpu import simd
-from onebit.compress.cpu.block import BF16, F32, WORD, inline, to_16_bits
+from onebit.compress.cpu.block import BF16, F32, WORD, inline, live_lanes, to_16_bits
 
+_ZERO = np.float32(0.0)
 _AHEAD = 2048  # bytes; the hardware's own prefetching stops at each page's end, seven streams have many of them
-
-
-@inline
-def store_values(x: int, c: int, dtype: int, n: int) -> None:
-    """The n values at `x` <- c, rounded to nearest, ties to even; the codec's `load_values` is the inverse."""
-    full = n >> 5
-    if dtype == F32:
-        for word in range(full):
-            simd.store_f32(x + word * 128, simd.load_f32(c + word * WORD))
-    elif dtype == BF16:
-        for word in range(full):
-            simd.store_u16(x + word * 64, simd.to_bf16_lanes(simd.load_f32(c + word * WORD)))
-    else:
-        for word in range(full):
-            simd.store_u16(x + word * 64, simd.to_f16_lanes(simd.load_f32(c + word * WORD)))
-    for i in range(32 * full, n):
-        value = simd.get_f32(c + 4 * i)
-        if dtype == F32:
-            simd.put_f32(x + 4 * i, value)
-        else:
-            simd.put_u16(x + 2 * i, to_16_bits(value, dtype))
 
 
 @inline
@@ -83,3 +65,22 @@ def stream_word(address: int, dtype: int, value: Any, stream: bool) -> None:
         simd.stream_u16(address, simd.to_bf16_lanes(value))
     else:
         simd.stream_u16(address, simd.to_f16_lanes(value))
+
+
+@inline
+def store_values(x: int, c: int, dtype: int, n: int, mask: int, stream: bool) -> None:
+    """The n values at `x` <- c, 0 where masked, as `stream_word` does; `load_values` of a block is the inverse."""
+    size, full = word_bytes(dtype), n >> 5
+    for word in range(full):
+        value = simd.load_f32(c + word * WORD)
+        if mask != 0:
+            value = simd.select(live_lanes(n, word, mask), value, simd.splat(_ZERO))
+        stream_word(x + size * word, dtype, value, stream)
+    if n & 31:
+        live = live_lanes(n, full, mask)
+        for i in range(32 * full, n):
+            one = simd.get_f32(c + 4 * i) if (live >> (i & 31)) & 1 else _ZERO
+            if dtype == F32:
+                simd.put_f32(x + 4 * i, one)
+            else:
+                simd.put_u16(x + 2 * i, to_16_bits(one, dtype))
