@@ -17,7 +17,8 @@ from onebit.compress.errors import OnebitError
 _log = logging.getLogger(__name__)
 
 # Products and sums are rounded one by one and subnormal numbers kept, as IEEE 754 asks: else bytes differ from a CPU's.
-_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false")
+# A lambda in a kernel is a host function to NVRTC, which refuses it, unless functions are the device's by default.
+OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--device-as-default-execution-space")
 
 
 def compile_source(code: str, name: str, capability: tuple[int, int], defines: tuple[str, ...]) -> bytes:
@@ -34,7 +35,7 @@ def compile_source(code: str, name: str, capability: tuple[int, int], defines: t
     """
     from cupy.cuda import nvrtc
 
-    options = (*_OPTIONS, *defines, f"--gpu-architecture=sm_{capability[0]}{capability[1]}")
+    options = (*OPTIONS, *defines, f"--gpu-architecture=sm_{capability[0]}{capability[1]}")
     key = repr((code, options, nvrtc.getVersion()))
     kept = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     try:
