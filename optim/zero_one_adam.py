@@ -12,36 +12,22 @@ import torch
 from torch import Tensor
 
 from onebit.comm.levels import LocalGroup
-from onebit.comm.tensors import all_finite
 from onebit.compress import Codec
-from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.fused_interval import FusedInterval
 from onebit.optim.fused_local import FusedLocal
 from onebit.optim.known import Known
 from onebit.optim.local_kernels import LocalStep, local_kernel
-from onebit.optim.local_steps import (
-    KEPT,
-    MEAN,
-    RATE,
-    Reach,
-    begin,
-    end,
-    is_open,
-    local_step,
-    move,
-    starts_of,
-    sync_step,
-)
-from onebit.optim.master import fp32_values, write_back
-from onebit.optim.moments import adam_state, local_momenta, wanted
+from onebit.optim.local_steps import MEAN, Reach, is_open, starts_of
+from onebit.optim.master import fp32_values
+from onebit.optim.moments import local_momenta
 from onebit.optim.options import check_adam_options, check_flags, check_number
 from onebit.optim.pending import PendingSteps
 from onebit.optim.policies import SyncPolicy, VariancePolicy
-from onebit.optim.staged import StagedAverage
 from onebit.optim.state_keys import EXTRA, INTERVAL
 from onebit.optim.untraced import untraced
+from onebit.optim.zero_one_exchanges import FusedLocalExchange, LocalExchange, SyncExchange, VarianceExchange
 
 _SCHEDULE = ("compress", "var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper")
 _log = logging.getLogger(__name__)
@@ -185,12 +171,12 @@ class ZeroOneAdam(FusedGroups):
             TransportError: a rank is dead or too slow; nothing but error feedback was touched, and that was put back.
         """
         self._refuse_under_way("synchronize()")
-        exchanges: list[_Sync] = []
+        exchanges: list[SyncExchange] = []
         try:
             for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
                 known = self._known(group)
                 if is_open(known.states):
-                    exchanges.append(_Sync(self, group, reducers, known, steps=0))
+                    exchanges.append(SyncExchange(self, group, reducers, known, steps=0))
                     exchanges[-1].sending.finish()
         except BaseException:
             for exchange in exchanges:
@@ -231,12 +217,12 @@ class ZeroOneAdam(FusedGroups):
                 return fused
         self._unfuse(group, reducers)
         if kind == "variance" and not within:
-            return _Variance(self, group, reducers)
+            return VarianceExchange(self, group, reducers)
         if kind == "local" and self.backend.size > 1:
             kernel = self._local_kernel(group) if known.params else None
-            step = _Local if kernel is None else functools.partial(_FusedLocal, kernel)
+            step = LocalExchange if kernel is None else functools.partial(FusedLocalExchange, kernel)
             return step(self, group, reducers, known)
-        return _Sync(self, group, reducers, known)
+        return SyncExchange(self, group, reducers, known)
 
     def _local_kernel(self, group: Mapping[str, Any]) -> type[LocalStep] | None:
         return local_kernel(group["params"][0].device, group, self._codec)
@@ -327,167 +313,6 @@ class ZeroOneAdam(FusedGroups):
     def _common_value(self, p: Tensor) -> Tensor:
         state = self.state.get(p, {})
         return starts_of([state])[0] if is_open([state]) else p
-
-
-class _Variance:
-    """Adam's step on gradients averaged in fp32."""
-
-    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._optimizer = optimizer
-        self._group = group
-        self._reducers = reducers
-        self._gradients = self.sending = MeanGradients(
-            group["params"], optimizer._gradients(group), reducers, averaged=optimizer.gradients_averaged
-        )
-
-    def all_finite(self) -> Tensor:
-        return self._gradients.all_finite()
-
-    def undo(self) -> None:
-        """Nothing was changed."""
-        self._gradients.cancel()
-
-    def commit(self) -> None:
-        optimizer, group, mean = self._optimizer, self._group, self._gradients
-        params = [p for p, present in zip(group["params"], mean.present, strict=True) if present]
-        if not params:
-            return
-        if any("exp_avg_sq" not in optimizer.state.get(p, {}) for p in params):
-            optimizer._renew(self._reducers)
-        optimizer._forget_dead(self._reducers)
-        states = [adam_state(optimizer.state, p) for p in params]
-        values = fp32_values(params, states, group)
-        gradients = wanted([m for m, present in zip(mean.means, mean.present, strict=True) if present], values, group)
-        momenta, variances = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        beta1, beta2 = group["betas"]
-        torch._foreach_lerp_(momenta, gradients, 1 - beta1)
-        torch._foreach_mul_(variances, beta2)
-        torch._foreach_addcmul_(variances, gradients, gradients, 1 - beta2)
-        torch._foreach_add_([s["variance_step"] for s in states], 1.0)
-        counts = [float(s["step"]) for s in states], [float(s["variance_step"]) for s in states]
-        move(values, momenta, variances, Reach.of(states, counts, group), group["eps"])
-        torch._foreach_add_([s["step"] for s in states], 1.0)
-        write_back(params, values)
-        optimizer._raise_variances(group)
-
-
-class _Local:
-    """A step that a rank makes by itself, by torch's operations."""
-
-    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers, known: Known) -> None:
-        self._optimizer = optimizer
-        self._group = group
-        self._known = known
-        self._params, self._states = known.params, known.states
-        self._reach = Reach.of(self._states, known.counts(), group)
-        gradients, all_of_them = optimizer._known_gradients(group, reducers, known), range(len(known.params))
-        self._momenta, self._means = optimizer._advance(group, reducers, known, gradients, self._reach, all_of_them)
-        self._taken = bool(all_finite(self._means))
-
-    def all_finite(self) -> Tensor:
-        """True: only this rank could say no, and the others would not hear of it."""
-        return torch.ones((), dtype=torch.bool)
-
-    def undo(self) -> None:
-        """Nothing was changed."""
-
-    def commit(self) -> None:
-        if not self._params:
-            return
-        group, states, reach = self._group, self._states, self._reach
-        if not is_open(states):
-            begin(self._params, states, group)
-        if self._taken:
-            for state, momentum, mean in zip(states, self._momenta, self._means, strict=True):
-                state["exp_avg"] = momentum
-                state[MEAN] = mean.clone() if mean is momentum else mean
-        else:
-            self._leave_out()
-        self._optimizer._note(torch.tensor(self._taken))
-        for state, rate, kept in zip(states, reach.rates, reach.kept, strict=True):
-            state[RATE], state[KEPT] = rate, kept
-        variances = [s["exp_avg_sq"] for s in states]
-        local_step(self._params, starts_of(states), [s[MEAN] for s in states], variances, reach, group["eps"])
-        self._known.count()
-
-    def _leave_out(self) -> None:
-        """Add nothing to Σγ·m: its mean a gets smaller as Σγ grows."""
-        for state, share in zip(self._states, self._reach.shares, strict=True):
-            state[MEAN] = state[MEAN] * (1 - share) if MEAN in state else torch.zeros_like(state["exp_avg"])
-
-
-class _FusedLocal:
-    """A step that a rank makes by itself, in one pass over memory."""
-
-    def __init__(
-        self,
-        kernel: type[LocalStep],
-        optimizer: ZeroOneAdam,
-        group: dict[str, Any],
-        reducers: GroupReducers,
-        known: Known,
-    ) -> None:
-        self._kernel = kernel
-        self._optimizer = optimizer
-        self._group = group
-        self._reducers = reducers
-        self._known = known
-        self._gradients = optimizer._known_gradients(group, reducers, known)
-
-    def all_finite(self) -> Tensor:
-        """True, as of `_Local`."""
-        return torch.ones((), dtype=torch.bool)
-
-    def undo(self) -> None:
-        """Nothing was changed."""
-
-    def commit(self) -> None:
-        kept = self._optimizer._locals
-        if self._reducers not in kept:
-            kept[self._reducers] = FusedLocal(self._kernel, self._known.params)
-        taken = kept[self._reducers].step(self._known, self._gradients, self._group)
-        self._optimizer._note(taken)
-
-
-class _Sync:
-    """A local step, unless `steps` is 0, at whose end all ranks agree on the mean momentum of the interval."""
-
-    def __init__(
-        self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers, known: Known, *, steps: int = 1
-    ) -> None:
-        self._group = group
-        self._steps = steps
-        self._params, self._states = known.params, known.states
-        reach = self._reach = Reach.of(self._states, known.counts(), group, steps=steps)
-        gradients = optimizer._known_gradients(group, reducers, known) if steps else ()
-        variances = [s["exp_avg_sq"] for s in self._states]
-        masks = optimizer._dead_of(reducers, variances)
-
-        def means(indices: Sequence[int]) -> list[Tensor]:
-            if steps:
-                return optimizer._advance(group, reducers, known, gradients, reach, indices)[1]
-            return [known.states[i][MEAN] for i in indices]
-
-        reduce = reducers.compressed(variances, lambda: masks)
-        self._average = StagedAverage(reduce, variances, means, known.indices)
-        self.sending = self._average.sending
-
-    def all_finite(self) -> Tensor:
-        return self._average.all_finite()
-
-    def undo(self) -> None:
-        self._average.undo()
-
-    def commit(self) -> None:
-        if not self._params:
-            return
-        group, states = self._group, self._states
-        momenta = [s["exp_avg"] for s in states]
-        self._average.decode(momenta)
-        starts = starts_of(states) if is_open(states) else fp32_values(self._params, states, group)
-        sync_step(self._params, starts, momenta, [s["exp_avg_sq"] for s in states], self._reach, group["eps"])
-        torch._foreach_add_([s["step"] for s in states], float(self._steps))
-        end(states)
 
 
 def _policies(group: Mapping[str, Any]) -> tuple[VariancePolicy, SyncPolicy]:
