@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
 
 from onebit.comm.backend import Backend
-from onebit.compress import Codec, SignCodec
+from onebit.compress import Codec, SignCodec, num_threads
 
 State = TypeVar("State")
 
@@ -48,6 +49,11 @@ class Setting:
         """The (numel,) standard normal input of a rank (None: this rank), equal wherever it is drawn."""
         generator = torch.Generator().manual_seed(self.seed + (self.backend.rank if rank is None else rank))
         return torch.randn(self.numel, generator=generator).to(self.device, self.dtype)
+
+    def normals(self) -> list[torch.Tensor]:
+        """The inputs of all ranks, in their order, on the CPU; a thread draws each."""
+        with ThreadPoolExecutor(num_threads()) as pool:
+            return list(pool.map(lambda rank: self.normal(rank).cpu(), range(self.backend.size)))
 
 
 def nothing(state: object) -> None:

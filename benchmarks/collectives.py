@@ -92,8 +92,7 @@ def _plain_check(state: Exchange) -> Callable[[], int]:
 
 def _inputs(state: Exchange) -> Tensor:
     """(ranks, numel) float64: what every rank brought."""
-    ranks = range(state.setting.backend.size)
-    return torch.stack([state.setting.normal(rank).to(state.tensor.dtype).cpu().double() for rank in ranks])
+    return torch.stack([given.to(state.tensor.dtype).double() for given in state.setting.normals()])
 
 
 def _far(state: Exchange, exact: Tensor, slack: Tensor) -> int:
@@ -118,7 +117,7 @@ def _compressed_check(state: Exchange) -> Callable[[], int]:
         setting = state.setting
         if setting.backend.size == 1:  # nothing is sent, so nothing is compressed
             return int((state.tensor != state.given).sum())
-        inputs = [setting.normal(rank).float().cpu().numpy() for rank in range(setting.backend.size)]
+        inputs = [given.float().numpy() for given in setting.normals()]
         return truth_of(setting.codec, setting.numel).wrong_average(inputs, state.tensor) + _differing(state)
 
     return wrong
@@ -131,9 +130,9 @@ def _two_level_check(state: Exchange) -> Callable[[], int]:
 
     def wrong() -> int:
         setting = state.setting
-        inputs = []
+        drawn, inputs = setting.normals(), []
         for first in range(0, setting.backend.size, setting.local):
-            mean, *others = (setting.normal(rank).float().cpu() for rank in range(first, first + setting.local))
+            mean, *others = (given.float() for given in drawn[first : first + setting.local])
             for other in others:
                 mean += other
             inputs.append((mean / setting.local).numpy())

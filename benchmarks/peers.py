@@ -72,8 +72,7 @@ def _check(state: Peer) -> Callable[[], int]:
     state.server_error.zero_()
 
     def wrong() -> int:
-        inputs = [state.setting.normal(rank).cpu() for rank in range(state.setting.backend.size)]
-        return wrong_average(inputs, state.outcome.cpu())
+        return wrong_average(state.setting.normals(), state.outcome.cpu())
 
     return wrong
 

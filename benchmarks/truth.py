@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from onebit.benchmarks import quantized_oracle
 from onebit.benchmarks.oracle import ROUNDING, Floats, Payload, spans, wrong_average, wrong_encoding
-from onebit.compress import Codec, SignCodec
+from onebit.compress import Codec, SignCodec, num_threads
 from onebit.compress.layout import Layout
 from onebit.compress.quantized import QuantizedCodec
 
@@ -80,10 +81,11 @@ class SignTruth(Truth):
         """As of `Truth`."""
         rounding = ROUNDING if outcome.dtype == torch.float32 else torch.finfo(outcome.dtype).eps
         got = outcome.float().cpu().numpy()
-        return sum(
-            wrong_average([values[span] for values in inputs], got[span], self.block, rounding)
-            for span in spans(self.numel, self.block)
-        )
+
+        def wrong(span: slice) -> int:
+            return wrong_average([values[span] for values in inputs], got[span], self.block, rounding)
+
+        return _sum_over(spans(self.numel, self.block), wrong)
 
     def _apart(self, payload: Tensor) -> Payload:
         return Payload(payload.cpu().numpy().reshape(-1), self.numel, self.block)
@@ -128,16 +130,18 @@ class QuantizedTruth(Truth):
 
     def wrong_average(self, inputs: Sequence[Floats], outcome: Tensor) -> int:
         """As of `Truth`."""
-        got, count = outcome.cpu(), 0
-        for span in self._spans():
+        got = outcome.cpu()
+
+        def wrong(span: slice) -> int:
             said = [self._encoded(values[span]) for values in inputs]
             codes, scales = np.stack([s.codes for s in said]), np.stack([s.scales for s in said])
             mean = quantized_oracle.mean(codes, scales, self.spec).reshape(-1)[: span.stop - span.start]
             whole = self._encoded(mean)
             expected = quantized_oracle.decode(whole.codes, whole.scales, self.spec).reshape(-1)
             rounded = torch.from_numpy(expected[: span.stop - span.start]).to(got.dtype)
-            count += int((rounded != got[span]).sum())
-        return count
+            return int((rounded != got[span]).sum())
+
+        return _sum_over(self._spans(), wrong)
 
     def _wrong(
         self, exact: Floats, codes: NDArray[np.uint8], scales: Floats, residual: Floats | None, span: slice
@@ -164,6 +168,12 @@ class QuantizedTruth(Truth):
 
     def _blocks(self, span: slice) -> slice:
         return slice(span.start // self.spec.block_size, -(-span.stop // self.spec.block_size))
+
+
+def _sum_over(slices: Iterator[slice], wrong: Callable[[slice], int]) -> int:
+    """Of all slices, in threads, for NumPy lets others run while it computes."""
+    with ThreadPoolExecutor(num_threads()) as pool:
+        return sum(pool.map(wrong, slices))
 
 
 def truth_of(codec: Codec, numel: int) -> Truth:
