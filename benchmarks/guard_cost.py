@@ -25,8 +25,8 @@ from torch.nn import Parameter
 
 from onebit.benchmarks import console, record
 from onebit.comm import Backend, CompressedWork, make_backend
-from onebit.comm.backend import Guard
 from onebit.comm.numbers import gather_numbers
+from onebit.comm.order import Guard
 from onebit.optim import OnebitAdam
 
 

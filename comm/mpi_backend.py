@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onebit.comm.backend import Backend, Handle, Order
+from onebit.comm.backend import Backend, Handle
 from onebit.comm.errors import BackendError
+from onebit.comm.order import Order
 from onebit.comm.staging import Staging, settle
 
 log = logging.getLogger(__name__)
