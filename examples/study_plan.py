@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-ADAM = ("adamw", "adamw-short", "onebit-adam", "onebit-adam-auto", "onebit-adam-refresh", "zero-one-adam")
+CODECS = (
+    *("onebit-adam-fp8", "onebit-adam-int8", "onebit-adam-int4", "onebit-adam-int4-stochastic"),
+    *("onebit-adam-int4-rotated", "onebit-adam-two-level", "adamw-int8", "adamw-int4"),
+)
+ADAM = ("adamw", "adamw-short", "onebit-adam", "onebit-adam-auto", "onebit-adam-refresh", "zero-one-adam", *CODECS)
 LAMB = ("lamb", "onebit-lamb", "onebit-lamb-steady")
-UNCOMPRESSED = ("adamw", "adamw-short")  # torch's own; LAMB is OnebitLamb that never freezes
+ADAMW = ("adamw", "adamw-short", "adamw-int8", "adamw-int4")  # torch's own; LAMB is OnebitLamb that never freezes
+LOCAL = {"onebit-adam-two-level": 2}  # ranks of a node; there have to be more than one
 USUAL = ("adamw", "onebit-adam", "onebit-adam-auto", "zero-one-adam", *LAMB)  # of the tasks that a CPU makes
 BASELINE = {name: family[0] for family in (ADAM, LAMB) for name in family}  # what an optimizer is measured against
 LABELS = {
@@ -17,9 +22,17 @@ LABELS = {
     "onebit-adam-auto": 'OnebitAdam, freeze_step="auto"',
     "onebit-adam-refresh": "OnebitAdam, variance_refresh=25",
     "zero-one-adam": "ZeroOneAdam",
+    "onebit-adam-fp8": "OnebitAdam, fp8",
+    "onebit-adam-int8": "OnebitAdam, int8",
+    "onebit-adam-int4": "OnebitAdam, int4",
+    "onebit-adam-int4-stochastic": "OnebitAdam, int4, stochastic rounding",
+    "onebit-adam-int4-rotated": "OnebitAdam, int4, rotated",
+    "onebit-adam-two-level": "OnebitAdam, local_group=2",
+    "adamw-int8": "AdamW, gradients in int8, no error feedback",
+    "adamw-int4": "AdamW, gradients in int4, stochastic, rotated, no error feedback",
     "lamb": "LAMB",
-    "onebit-lamb": "OnebitLamb",
-    "onebit-lamb-steady": "OnebitLamb, factor_min=factor_max=1",
+    "onebit-lamb": "OnebitLamb, factor as published",
+    "onebit-lamb-steady": "OnebitLamb, factor 1",
 }
 # Where the Adam of a task has a long memory, these have one of 20 variance steps: 0/1 Adam takes ever fewer of them.
 SHORT = {"adamw-short": {"beta2": 0.95}, "zero-one-adam": {"beta2": 0.95}}
@@ -123,13 +136,14 @@ def plan(
     seeds: Sequence[int],
     changes: dict[str, object],
 ) -> list[Run]:
-    """Every combination, the costliest first."""
+    """Every combination that there is, the costliest first."""
     return [
         RECIPES[task].run(task, optimizer, n, seed, changes)
         for n in sorted(ranks, reverse=True)
         for task in tasks
         for seed in seeds
         for optimizer in optimizers
+        if n > LOCAL.get(optimizer, 0)
     ]
 
 

@@ -14,20 +14,41 @@ import torch
 import torch.distributed as dist
 from ranks import checksums, mean_over_ranks
 from record import Record, environment
-from study_plan import UNCOMPRESSED, Run
+from study_plan import ADAMW, LOCAL, Run
 from study_tasks import Task, learning_rate_factor, make_task
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from onebit.comm import DenseAllreduce, make_backend, run_threads
+from onebit.comm import CompressedAllreduce, DenseAllreduce, make_backend, run_threads
 from onebit.comm.backend import Backend
-from onebit.compress import set_num_threads
+from onebit.compress import Fp8Codec, Int4Codec, Int8Codec, set_num_threads
 from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam, clip_grad_norm_
+
+OURS = (OnebitAdam, ZeroOneAdam, OnebitLamb)
+# Of OnebitAdam, by name of the run's optimizer; all of them keep what was not said.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "onebit-adam": {},
+    "onebit-adam-auto": {"freeze_step": "auto"},
+    "onebit-adam-refresh": {"variance_refresh": 25},
+    "onebit-adam-fp8": {"codec": Fp8Codec()},
+    "onebit-adam-int8": {"codec": Int8Codec()},
+    "onebit-adam-int4": {"codec": Int4Codec()},
+    "onebit-adam-int4-stochastic": {"codec": Int4Codec(rounding="stochastic")},
+    "onebit-adam-int4-rotated": {"codec": Int4Codec(rotate=True)},
+    "onebit-adam-two-level": {"local_group": LOCAL["onebit-adam-two-level"]},
+}
+# Of gradients that torch's AdamW takes, where they are not averaged in fp32; nothing is kept of what was not said.
+GRADIENTS = {
+    "adamw-int8": Int8Codec(error_feedback=False),
+    "adamw-int4": Int4Codec(error_feedback=False, rounding="stochastic", rotate=True),
+}
 
 
 @dataclass
 class StudyRecord(Record):
     """A run's record; `seconds` are those of the host, which on CUDA does not wait for the device in a step.
+
+    On two levels bytes are those that left the node.
 
     Attributes:
         collectives: collectives started, per step.
@@ -95,23 +116,24 @@ def train(
     """Train `model`, through `called`, from what it holds; returns the record, equal on all ranks but for the times."""
     parameters = list(model.parameters())
     optimizer = make_optimizer(run, parameters, backend)
-    average = DenseAllreduce(parameters, backend) if run.optimizer in UNCOMPRESSED else None
+    average = make_average(run, parameters, backend)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
     held_out = [(x.to(device), y.to(device)) for x, y in task.held_out()[backend.rank :: backend.size]]
     due = {run.steps * part // run.evaluations for part in range(1, run.evaluations + 1)}
     draw = torch.Generator().manual_seed(1_000_003 * run.seed)  # the same samples on all ranks, which share them out
     losses: list[Tensor] = []
     record = StudyRecord(asdict(run), environment(device, backend), sum(p.numel() for p in parameters))
+    plain = "compressed" if run.optimizer in GRADIENTS else "dense"
     began = time.perf_counter()
     for number in range(run.steps):
         started = time.perf_counter()
-        phase = optimizer.phase() if isinstance(optimizer, (OnebitAdam, ZeroOneAdam, OnebitLamb)) else "dense"
+        phase = optimizer.phase() if isinstance(optimizer, OURS) else plain
         inputs, targets = (part[backend.rank :: backend.size].to(device) for part in task.draw(draw))
         optimizer.zero_grad()
         with _mixed(device):
             loss = task.loss(called, inputs, targets)
         loss.backward()
-        computed, sent, collectives = time.perf_counter(), backend.traffic.wire_bytes, backend.traffic.collectives
+        computed, before = time.perf_counter(), traffic(optimizer, backend)
         if average is not None:
             average([p.grad for p in parameters if p.grad is not None])
         if run.clip:
@@ -120,16 +142,16 @@ def train(
         schedule.step()
         if number + 1 == run.steps and isinstance(optimizer, ZeroOneAdam):
             optimizer.synchronize()  # the last interval of local steps may not be over
-        finished = time.perf_counter()
+        finished, after = time.perf_counter(), traffic(optimizer, backend)
         losses.append(loss.detach())
         record.add(
             loss=float("nan"),
             phase=phase,
-            wire_bytes=backend.traffic.wire_bytes - sent,
+            wire_bytes=after[0] - before[0],
             seconds=round(finished - started, 6),
             update_seconds=round(finished - computed, 6),
         )
-        record.collectives.append(backend.traffic.collectives - collectives)
+        record.collectives.append(after[1] - before[1])
         if number + 1 in due:
             record.held_out.append((number + 1, evaluate(task, model, held_out, backend, device)))
     record.total_seconds = time.perf_counter() - began
@@ -148,20 +170,35 @@ def _clip(optimizer: Optimizer, parameters: list[nn.Parameter], bound: float) ->
         nn.utils.clip_grad_norm_(parameters, bound)
 
 
+def traffic(optimizer: Optimizer, backend: Backend) -> tuple[int, int]:
+    """Bytes that this rank has sent so far, but those to ranks of its node, and the collectives that it has started."""
+    if not isinstance(optimizer, OURS):
+        return backend.traffic.wire_bytes, backend.traffic.collectives
+    stats = optimizer.stats
+    return stats.wire_bytes - stats.local_bytes, stats.collectives
+
+
+def make_average(
+    run: Run, parameters: list[nn.Parameter], backend: Backend
+) -> DenseAllreduce | CompressedAllreduce | None:
+    """What averages the gradients, where the optimizer does not do it."""
+    if run.optimizer in GRADIENTS:
+        return CompressedAllreduce(parameters, backend, GRADIENTS[run.optimizer])
+    return DenseAllreduce(parameters, backend) if run.optimizer in ADAMW else None
+
+
 def make_optimizer(run: Run, parameters: list[nn.Parameter], backend: Backend) -> Optimizer:
     """The optimizer of a run; vectors, such as biases, are not decayed."""
     decay = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": run.weight_decay}]
     rest = [p for p in parameters if p.dim() <= 1]
     groups = [*decay, *([{"params": rest, "weight_decay": 0.0}] if rest else [])]
     common: dict[str, Any] = {"lr": run.lr, "betas": (0.9, run.beta2), "eps": run.eps}
-    if run.optimizer in UNCOMPRESSED:
+    if run.optimizer in ADAMW:
         return torch.optim.AdamW(groups, **common)
-    if run.optimizer == "onebit-adam":
-        return OnebitAdam(groups, **common, freeze_step=run.freeze_step, backend=backend)
-    if run.optimizer == "onebit-adam-refresh":
-        return OnebitAdam(groups, **common, freeze_step=run.freeze_step, variance_refresh=25, backend=backend)
-    if run.optimizer == "onebit-adam-auto":
-        return OnebitAdam(groups, **common, freeze_step="auto", backend=backend)
+    if run.optimizer in VARIANTS:
+        return OnebitAdam(
+            groups, **common, **{"freeze_step": run.freeze_step, **VARIANTS[run.optimizer]}, backend=backend
+        )
     if run.optimizer == "zero-one-adam":
         return ZeroOneAdam(
             groups,
@@ -171,10 +208,10 @@ def make_optimizer(run: Run, parameters: list[nn.Parameter], backend: Backend) -
             local_step_scaler=max(1, round(run.doubling * run.steps)),
             backend=backend,
         )
-    if run.optimizer == "onebit-lamb-steady":
-        common.update(factor_min=1.0, factor_max=1.0)
+    bounds = (0.5, 4.0) if run.optimizer == "onebit-lamb" else (1.0, 1.0)
+    factor = {"factor_min": bounds[0], "factor_max": bounds[1]}
     freeze_step = run.steps if run.optimizer == "lamb" else run.freeze_step  # LAMB never freezes
-    return OnebitLamb(groups, **common, freeze_step=freeze_step, backend=backend)
+    return OnebitLamb(groups, **common, **factor, freeze_step=freeze_step, backend=backend)
 
 
 @torch.no_grad()
