@@ -72,11 +72,11 @@ def feedback(saved: dict[str, Any]) -> Tensor:
     return torch.cat([part.flatten() for part in parts]) if parts else torch.zeros(0)
 
 
-def make(name: str, backend: Backend) -> CompressedOptimizer:
+def make(name: str, backend: Backend, **options: Any) -> CompressedOptimizer:
     params = [Parameter(values(i, shape=shape)) for i, shape in enumerate(SHAPES)]
     split = len(params) // 2
     groups = [{"params": params[:split]}, {"params": params[split:], "lr": 3e-3}]
-    optimizer: CompressedOptimizer = MAKERS[name](groups, lr=1e-2, bucket_mb=BUCKET_MB, backend=backend)
+    optimizer: CompressedOptimizer = MAKERS[name](groups, lr=1e-2, bucket_mb=BUCKET_MB, backend=backend, **options)
     return optimizer
 
 

@@ -1,0 +1,66 @@
+"""A step in which any one collective fails to start or to come leaves everything as it was, and can be made later."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from onebit.comm import Backend, TransportError
+from onebit.optim import CompressedOptimizer
+from tests.faults.replay import Failure, ReplayBackend, record
+from tests.faults.training import MAKERS, Moment, give_gradients, make
+from tests.optim.samples import all_params
+
+STEPS = 8  # which meet every phase of every optimizer, and an interval of 0/1 Adam with a local step
+
+
+def step(optimizer: CompressedOptimizer, rank: int, number: int) -> None:
+    """With the gradients of `training`, which a backward computes, so that what is sent during one is."""
+    give_gradients(optimizer, rank, number)
+    given = [(p, p.grad) for p in all_params(optimizer)]
+    optimizer.zero_grad()
+    sum((p * g).sum() for p, g in given if g is not None).backward()
+    optimizer.step()
+
+
+def feedback(optimizer: CompressedOptimizer) -> list[Tensor]:
+    """The buffers themselves."""
+    residuals = [reducers.residual for reducers in optimizer._of_groups()]
+    return [part for residual in residuals for part in (*residual.worker, *residual.server)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "overlap"), [(0, Failure, False), (1, KeyboardInterrupt, False), (1, Failure, True)]
+)
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_leaves_a_rank_as_it_was_before(name: str, rank: int, error: type[BaseException], overlap: bool) -> None:
+    def made(backend: Backend) -> CompressedOptimizer:
+        return make(name, backend, overlap=overlap)
+
+    recorded = record(made, step, 2, STEPS)[rank]
+    backend = ReplayBackend(rank, 2, recorded.tape)
+    optimizer = made(backend)
+    expected = TransportError if error is Failure else error
+    failed = 0
+    for number in range(STEPS):
+        kept = [part.clone() for part in feedback(optimizer)]
+        # Who overlaps learns an order in its first step, once: then that step cannot be made again as it was recorded.
+        fatal = None if overlap and number == 0 else 0
+        while True:
+            where = f"step {number}, event {fatal}"
+            backend.rewind(number, fatal, error)
+            try:
+                step(optimizer, rank, number)
+                break
+            except expected:
+                failed += 1
+            assert fatal is not None
+            assert Moment.of(optimizer).fits(recorded.moments[number]), where
+            backend.litter()
+            assert Moment.of(optimizer).fits(recorded.moments[number]), f"{where}, with bytes that came later"
+            for i, part in enumerate(feedback(optimizer)):  # to the last bit, so that what follows can be compared
+                part.copy_(kept[i]) if kept else part.zero_()
+            fatal += 1
+        assert fatal is None or backend.events == fatal, f"step {number}: a failure was lost"
+        assert Moment.of(optimizer).equals(recorded.moments[number + 1]), f"after step {number}"
+    assert failed > 10 * (STEPS - 2)  # but for the local one
