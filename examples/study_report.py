@@ -1,8 +1,10 @@
-"""What the convergence study found: a table of all runs in docs/convergence.md, and a picture per task."""
+"""What the convergence study found: in docs/convergence.md tables of all runs, and pictures of each task."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,7 +12,7 @@ from statistics import mean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plot import finish, in_megabytes
-from study_plan import BASELINE, LABELS, RECIPES
+from study_plan import BASELINE, CODECS, LABELS, RECIPES
 from study_train import StudyRecord
 
 COLOURS = {
@@ -20,16 +22,51 @@ COLOURS = {
     "onebit-adam-auto": "#e8a33d",
     "onebit-adam-refresh": "#a3195b",
     "zero-one-adam": "#2f5fa8",
+    "onebit-adam-fp8": "#8a5a83",
+    "onebit-adam-int8": "#2f5fa8",
+    "onebit-adam-int4": "#3a8f4d",
+    "onebit-adam-int4-stochastic": "#8fc49a",
+    "onebit-adam-int4-rotated": "#b7c94c",
+    "onebit-adam-two-level": "#a3195b",
+    "adamw-int8": "#6b7f99",
+    "adamw-int4": "#c0a98a",
     "lamb": "#777777",
     "onebit-lamb": "#3a8f4d",
     "onebit-lamb-steady": "#8fc49a",
 }
 DASHED = tuple(dict.fromkeys(BASELINE.values()))  # what others are measured against
-BEGIN, END = "<!-- made by examples/study.py report -->", "<!-- end -->"
+SECTION = re.compile(r"(?m)^<!-- examples/study.py report: (?P<part>\S+) -->\n(?:.*\n)*?<!-- end -->$")
 COLUMNS = (
     *("task", "ranks", "optimizer", "held-out loss", "to its baseline"),
     *("MB sent", "fewer bytes", "steps with traffic", "ms a step"),
 )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What stands in one table, and in one picture per task.
+
+    Attributes:
+        optimizers: what it is about.
+        beside: what is shown with them, on tasks that have any of them.
+        suffix: of its pictures' names.
+    """
+
+    optimizers: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    suffix: str = ""
+
+    def of(self, groups: Sequence[Group]) -> dict[str, list[Group]]:
+        """Its groups, by task."""
+        tasks = dict.fromkeys(g.task for g in groups if g.optimizer in self.optimizers)
+        shown = (*self.beside, *self.optimizers)
+        return {task: [g for g in groups if g.task == task and g.optimizer in shown] for task in tasks}
+
+
+PARTS = {
+    "optimizers": Part(tuple(name for name in LABELS if name not in CODECS)),
+    "codecs": Part(CODECS, ("adamw", "onebit-adam"), "-codecs"),
+}
 
 
 class Group:
@@ -63,14 +100,22 @@ def write_report(folder: Path, docs: Path) -> list[Path]:
         SystemExit: there are no records, or one is of ranks that ended with different parameters.
     """
     groups = read(folder)
-    written = [
-        draw(task, [g for g in groups if g.task == task], docs) for task in dict.fromkeys(g.task for g in groups)
-    ]
     page = docs / "convergence.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table(groups)}{END}{after}", encoding="utf-8")
-    return [*written, page]
+    written = [page]
+
+    def section(mark: re.Match[str]) -> str:
+        part = PARTS[mark["part"]]
+        tasks = part.of(groups)
+        if not tasks:
+            return mark[0]
+        pictures = [draw(task, here, docs / f"convergence-{task}{part.suffix}.png") for task, here in tasks.items()]
+        written.extend(pictures)
+        shown = [f"![Held-out loss on {task}]({path.name})\n" for task, path in zip(tasks, pictures, strict=True)]
+        rows = table([g for here in tasks.values() for g in here])
+        return "\n".join([mark[0].partition("\n")[0] + "\n" + rows, *shown, "<!-- end -->"])
+
+    page.write_text(SECTION.sub(section, page.read_text(encoding="utf-8")), encoding="utf-8")
+    return written
 
 
 def read(folder: Path) -> list[Group]:
@@ -105,8 +150,8 @@ def table(groups: Sequence[Group]) -> str:
     return heading + "".join(lines)
 
 
-def draw(task: str, groups: Sequence[Group], docs: Path) -> Path:
-    """Held-out loss against steps and against bytes, a row per number of ranks, into a PNG."""
+def draw(task: str, groups: Sequence[Group], path: Path) -> Path:
+    """Held-out loss against steps and against bytes, a row per number of ranks, into the PNG `path`."""
     ranks = sorted({g.ranks for g in groups})
     figure = Figure(figsize=(12, 4.6 * len(ranks)), layout="constrained")
     rows = figure.subplots(len(ranks), 2, sharey="row", squeeze=False)
@@ -126,7 +171,6 @@ def draw(task: str, groups: Sequence[Group], docs: Path) -> Path:
     first = groups[0].records[0]
     seeds = max(len(g.records) for g in groups)
     figure.suptitle(f"{first.parameters:,} parameters; mean of {seeds} seeds, shaded from least to most")
-    path = docs / f"convergence-{task}.png"
     figure.savefig(path, dpi=110)
     return path
 

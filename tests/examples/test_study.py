@@ -16,6 +16,14 @@ STEPS = 20
 TINY = [f"--steps={STEPS}", "--width=32", "--layers=1", "--heads=2", "--context=32", "--batch=4", "--evaluations=4"]
 EVERYTHING = ["adamw", "onebit-adam", "onebit-adam-auto", "zero-one-adam", "lamb", "onebit-lamb", "onebit-lamb-steady"]
 
+MARKS = """<!-- examples/study.py report: optimizers -->
+old
+<!-- end -->
+<!-- examples/study.py report: codecs -->
+kept
+<!-- end -->
+"""
+
 
 def study(*arguments: object, launcher: tuple[str, ...] = ()) -> str:
     command = [sys.executable, *launcher, str(STUDY), *map(str, arguments)]
@@ -57,13 +65,38 @@ def test_runs_are_made_once_side_by_side_and_end_in_a_table_and_a_picture(tmp_pa
 
     docs.mkdir()
     page = docs / "convergence.md"
-    page.write_text("before\n<!-- made by examples/study.py report -->\nold\n<!-- end -->\nafter\n")
+    page.write_text("before\n" + MARKS + "after\n")
     for _ in range(2):  # what was made is replaced
         study("report", "--folder", folder, "--docs", docs)
-    lines = page.read_text().splitlines()
-    assert (lines[0], lines[-1]) == ("before", "after")
-    assert len(lines) == 4 + 2 + len(EVERYTHING)
-    assert (docs / "convergence-bytes.png").stat().st_size > 0
+    before_codecs, _, rest = page.read_text().partition("<!-- examples/study.py report: codecs -->\n")
+    assert rest == "kept\n<!-- end -->\nafter\n", "no run was about codecs"
+    lines = before_codecs.splitlines()
+    assert lines[0] == "before"
+    assert "old" not in lines
+    assert len([line for line in lines if line.startswith("| bytes |")]) == len(EVERYTHING)
+    assert "![Held-out loss on bytes](convergence-bytes.png)" in lines
+    assert {path.name for path in docs.glob("*.png")} == {"convergence-bytes.png"}
+
+
+@pytest.mark.slow
+def test_codecs_and_two_levels_have_a_table_and_a_picture_of_their_own(tmp_path: Path) -> None:
+    names = ["adamw", "adamw-int8", "onebit-adam", "onebit-adam-int4-stochastic", "onebit-adam-two-level"]
+    tiny = ["--folder", tmp_path, *TINY]
+    study("train", "--task", "bytes", "--ranks", 4, "--optimizer", *names, *tiny)
+    study("train", "--task", "bytes", "--ranks", 2, "--optimizer", *names, *tiny)
+    found = records(tmp_path)
+    assert set(found) == {f"bytes-4ranks-{n}-seed0" for n in names} | {f"bytes-2ranks-{n}-seed0" for n in names[:-1]}
+    sent = {name: sum(record["wire_bytes"]) for name, record in found.items()}
+    of_four = [sent[f"bytes-4ranks-{name}-seed0"] for name in names]
+    assert of_four[4] < of_four[2] < of_four[3] < of_four[0], "two levels: what left the node"
+    assert of_four[1] < of_four[0] / 3.9, "all steps in a quarter of the bits"
+    (tmp_path / "convergence.md").write_text(MARKS)
+    study("report", "--folder", tmp_path, "--docs", tmp_path)
+    optimizers, _, codecs = (tmp_path / "convergence.md").read_text().partition("report: codecs -->")
+    assert "int4" not in optimizers
+    assert codecs.count("| bytes |") == len(found)
+    assert "![Held-out loss on bytes](convergence-bytes-codecs.png)" in codecs
+    assert (tmp_path / "convergence-bytes-codecs.png").stat().st_size > 0
 
 
 @pytest.mark.slow
