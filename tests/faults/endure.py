@@ -91,6 +91,11 @@ class Report:
         if not holds:
             self.wrong.append(what)
 
+    def expect_fit(self, now: Moment, expected: Moment, what: str) -> None:
+        """Expect that `misfits` finds nothing."""
+        misfits = now.misfits(expected)
+        self.expect(not misfits, f"{what}: {'; '.join(misfits)}")
+
 
 def endure(backend: Backend, plan: Plan) -> Report:
     """Train, with the fault; then check what is left against the run without one. For `run_ranks`."""
@@ -111,7 +116,8 @@ def endure(backend: Backend, plan: Plan) -> Report:
     if report.operation is None:
         report.expect(report.made == STEPS and now.equals(own[STEPS]), "it ended with other bits than without a fault")
     else:
-        report.expect(now.fits(own[report.made]), f"after the error it is not as after {report.made} steps")
+        where = f"after the error of {report.operation} rank {backend.rank}"
+        report.expect_fit(now, own[report.made], f"{where} is not as after {report.made} steps")
         _try_again(optimizer, backend, own[report.made], report)
     _save_and_load(optimizer, backend, plan, folder / "afterwards", report)
     _meet(plan, backend.rank, folder)
@@ -158,7 +164,7 @@ def _try_again(optimizer: CompressedOptimizer, backend: Backend, expected: Momen
     report.expect(again is not None, "it could go on after the error")
     report.expect(time.monotonic() - start < backend.timeout, "the second error took long")
     if optimizer.param_groups[0]["step"] == report.made:
-        report.expect(Moment.of(optimizer).fits(expected), "trying again changed something")
+        report.expect_fit(Moment.of(optimizer), expected, f"trying again changed something on rank {backend.rank}")
 
 
 def _save_and_load(optimizer: CompressedOptimizer, backend: Backend, plan: Plan, folder: Path, report: Report) -> None:

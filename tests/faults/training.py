@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from torch.nn import Parameter
 from onebit.comm import Backend, run_threads
 from onebit.optim import CompressedOptimizer, OnebitAdam, OnebitLamb, ZeroOneAdam, checkpoint
 from tests.comm.oracle import UNIT
-from tests.optim.samples import checksum, contents, values
+from tests.comm.samples import bits
+from tests.optim.samples import values
 
 SHAPES = ((96, 64), (96,), (0,), (64, 96), ())
 STEPS = 18
@@ -34,35 +36,60 @@ class Moment:
     """What one rank has after a number of steps.
 
     Attributes:
-        contents: a checksum of parameters, moments and counts.
+        contents: copies of parameters, moments and counts, by what they are.
         feedback: error feedback, in one vector.
     """
 
-    contents: str
+    contents: Mapping[str, Tensor]
     feedback: Tensor
 
     @staticmethod
     def of(optimizer: CompressedOptimizer) -> Moment:
         saved = optimizer.state_dict()
-        counts = [group["step"] for group in saved["param_groups"]]
-        return Moment(checksum([contents(optimizer), counts]), feedback(saved))
+        found = {f"step of group {i}": torch.tensor(group["step"]) for i, group in enumerate(saved["param_groups"])}
+        for i, p in enumerate(_params(optimizer)):
+            found[f"parameter {i}"] = p.detach()
+            state = saved["state"].get(i, {})
+            found |= {f"{key} of parameter {i}": torch.as_tensor(value) for key, value in state.items()}
+        return Moment({name: value.clone() for name, value in found.items()}, feedback(saved))
 
-    def fits(self, expected: Moment) -> bool:
-        """Whether all is as expected; feedback that was put back, to within rounding.
+    def misfits(self, expected: Moment) -> list[str]:
+        """What is not as expected; feedback that was put back is, to within rounding.
 
         Putting back takes fewer than 8 + 4n roundings of momenta and feedback, all of which are less than 10; what
         failed twice was put back twice. Before the first compressed step there is no feedback, which is feedback of 0.
         """
-        if self.contents != expected.contents:
-            return False
         theirs = expected.feedback if expected.feedback.numel() else torch.zeros_like(self.feedback)
-        if self.feedback.shape != theirs.shape:
-            return False
-        return bool(((self.feedback - theirs).abs() <= 2 * 24 * UNIT * 10).all())
+        return self._differences(expected) + _difference("feedback", self.feedback, theirs, 2 * 24 * UNIT * 10)
+
+    def fits(self, expected: Moment) -> bool:
+        """Whether `misfits` finds nothing."""
+        return not self.misfits(expected)
 
     def equals(self, expected: Moment) -> bool:
         """Whether all is as expected to the last bit."""
-        return self.contents == expected.contents and torch.equal(self.feedback, expected.feedback)
+        return not self._differences(expected) + _difference("feedback", self.feedback, expected.feedback)
+
+    def _differences(self, expected: Moment) -> list[str]:
+        names = dict.fromkeys([*self.contents, *expected.contents])
+        pairs = [(name, self.contents.get(name), expected.contents.get(name)) for name in names]
+        return [said for pair in pairs for said in _difference(*pair)]
+
+
+def _difference(name: str, ours: Tensor | None, theirs: Tensor | None, bound: float | None = None) -> list[str]:
+    """At most one line about two tensors that are not equal bit by bit, or not within a bound."""
+    if ours is None or theirs is None:
+        return [f"{name}: {'missing' if ours is None else 'not expected'}"]
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return [f"{name}: {ours.dtype} {tuple(ours.shape)}, expected {theirs.dtype} {tuple(theirs.shape)}"]
+    ours, theirs = ours.reshape(-1), theirs.reshape(-1)
+    if bits(ours) == bits(theirs):
+        return []
+    off = (ours.double() - theirs.double()).abs()
+    if bound is not None and bool((off <= bound).all()):
+        return []
+    where = (~(off <= (bound or 0.0))).nonzero().view(-1).tolist()
+    return [f"{name}: {len(where)} of {len(off)} elements, from {where[:1]} to {where[-1:]}, by up to {off.max():.3g}"]
 
 
 def feedback(saved: dict[str, Any]) -> Tensor:
