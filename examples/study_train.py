@@ -74,7 +74,7 @@ def make_runs(runs: list[Run], folder: Path, compiled: bool) -> None:
     task = make_task(todo[0])
     start = {run.seed: _start(task, run.seed) for run in todo}
     if "RANK" in os.environ:
-        backend, device = _join()
+        backend, device = join()
         _all(todo, task, start, folder, compiled, backend, device)
         dist.destroy_process_group()
         return
@@ -233,7 +233,7 @@ def _start(task: Task, seed: int) -> nn.Module:
     return task.make_model()
 
 
-def _join() -> tuple[Backend, torch.device]:
+def join() -> tuple[Backend, torch.device]:
     """Meet the other ranks that torchrun started."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")

@@ -1,0 +1,180 @@
+"""Train the study's GPT under hybrid sharding (HSDP), with FSDP's own average over replicas and with compressed ones.
+
+    torchrun --nproc-per-node 4 examples/train_gpt_hsdp.py --compile              # 2 replicas of 2 shards each
+
+The runs are made one after the other, from the same weights and on the same samples. Each prints its held-out loss, what
+a rank has sent to other replicas, and its time; the table of all becomes one JSON document. What onebit adds to FSDP is
+in `shard`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import checksums, mean_over_ranks
+from study import add_settings, changes
+from study_plan import RECIPES, Run
+from study_tasks import Task, learning_rate_factor, make_task
+from study_train import evaluate, join, make_optimizer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from onebit.benchmarks import record
+from onebit.benchmarks.options import parse_codec
+from onebit.comm import make_backend
+from onebit.comm.backend import Backend
+from onebit.comm.fsdp import UnitHooks, compress_gradients
+from onebit.comm.stats import fp32_bytes
+
+NATIVE = "fsdp"  # the average over replicas that FSDP makes by itself, in fp32
+
+
+def main() -> None:
+    options = parse()
+    world, device = join()
+    mesh = init_device_mesh(
+        device.type, (options.replicas, world.size // options.replicas), mesh_dim_names=("replicate", "shard")
+    )
+    recipe = RECIPES[options.task]
+    run = recipe.run(options.task, "adamw", world.size, options.seed, changes(options))
+    task = make_task(run)
+    rows = []
+    for average in options.averages:
+        rows.append(train(run, task, average, mesh, world, device, options.compile))
+        if world.rank == 0:
+            print(summary(rows), flush=True)
+    if world.rank == 0:
+        how = {"ranks": world.size, "replicas": options.replicas, "compiled": options.compile}
+        document = record.make(f"hsdp-{run.task}", {**asdict(run), **how}, rows, device.type)
+        print(record.save(document, options.folder))
+    world.barrier()  # nobody leaves, and takes the others down, before the record is written
+    dist.destroy_process_group()
+
+
+def shard(
+    model: nn.Module, average: str, mesh: DeviceMesh, start_step: int, device: torch.device, compiled: bool
+) -> UnitHooks | None:
+    """Apply `fully_shard` to the blocks and to the model; returns the hooks where another than FSDP averages."""
+    native = average == NATIVE
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    blocks: Any = model.blocks
+    for index in range(len(blocks)):
+        if compiled:
+            blocks[index] = torch.compile(blocks[index])
+        fully_shard(blocks[index], mesh=mesh if native else mesh["shard"], mp_policy=policy)
+    fully_shard(model, mesh=mesh if native else mesh["shard"], mp_policy=policy)
+    if native:
+        return None
+    return compress_gradients(model, mesh["replicate"], parse_codec(average), start_step=start_step)
+
+
+def train(
+    run: Run, task: Task, average: str, mesh: DeviceMesh, world: Backend, device: torch.device, compiled: bool
+) -> dict[str, Any]:
+    """One run with one kind of average over replicas; returns its row, the same on all ranks but for the times."""
+    torch.manual_seed(run.seed)
+    model = task.make_model().to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    torch._dynamo.config.suppress_errors = True  # without a C compiler it trains all the same, after a warning
+    hooks = shard(model, average, mesh, run.freeze_step, device, compiled)
+    optimizer = make_optimizer(run, list(model.parameters()), world)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
+    held_out = [(x.to(device), y.to(device)) for x, y in task.held_out()[world.rank :: world.size]]
+    due = {run.steps * part // run.evaluations for part in range(1, run.evaluations + 1)}
+    draw = torch.Generator().manual_seed(1_000_003 * run.seed)  # the same samples on all ranks, which share them out
+    row: dict[str, Any] = {
+        "case": average,
+        "parameters": parameters,
+        "steps": run.steps,
+        "dense_steps": run.freeze_step,
+        "held_out": [],
+    }
+    losses: list[Tensor] = []
+    stretches: list[float] = []
+    since = 0
+    start = began = clock(device)
+    for number in range(run.steps):
+        inputs, targets = (part[world.rank :: world.size].to(device) for part in task.draw(draw))
+        optimizer.zero_grad()
+        loss = task.loss(model, inputs, targets)
+        loss.backward()
+        if run.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+        if number + 1 in due:
+            stretches.append((clock(device) - began) / (number + 1 - since))
+            row["held_out"].append({"step": number + 1, "loss": evaluate(task, model, held_out, world, device)})
+            began, since = clock(device), number + 1
+    row["seconds"] = clock(device) - start
+    row["seconds_per_step"] = {"first": stretches[0], "median": median(stretches[1:] or stretches)}
+    row["loss"] = mean_over_ranks([torch.stack(losses[-100:]).mean().item()], world, device)[0]
+    row |= sent(hooks, model, run.steps, mesh)
+    row["replicas_equal"] = replicas_equal(model, mesh, world, device)
+    return row
+
+
+def sent(hooks: UnitHooks | None, model: nn.Module, steps: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """Bytes that this rank has sent to other replicas: counted by ours, by the formula of an all-reduce for FSDP's."""
+    if hooks is not None:
+        return {"wire_bytes": hooks.stats.wire_bytes, "counted": True}
+    elements = sum(shard.numel() for shard in shards(model))
+    return {"wire_bytes": steps * fp32_bytes(elements, mesh.size(0)), "counted": False}
+
+
+def replicas_equal(model: nn.Module, mesh: DeviceMesh, world: Backend, device: torch.device) -> bool:
+    """Whether every shard is bit-equal on all replicas."""
+    replicas = make_backend(mesh.get_group("replicate"), device=device)
+    equal = len(set(checksums(shards(model), replicas))) == 1
+    return mean_over_ranks([float(equal)], world, device) == [1.0]
+
+
+def shards(model: nn.Module) -> list[Tensor]:
+    """This rank's part of every parameter."""
+    return [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once all work given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The last row in one line, beside the first."""
+    first, row = rows[0], rows[-1]
+    loss, baseline = row["held_out"][-1]["loss"], first["held_out"][-1]["loss"]
+    return (
+        f"{row['case']}: held-out loss {loss:.4f} ({loss / baseline - 1:+.2%} of {first['case']}), "
+        f"{row['wire_bytes'] / 1e6:.1f} MB sent to replicas ({first['wire_bytes'] / row['wire_bytes']:.1f} times fewer), "
+        f"{1e3 * row['seconds_per_step']['median']:.1f} ms a step, {row['seconds']:.0f} s; "
+        f"replicas equal: {row['replicas_equal']}"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a GPT under HSDP with plain and compressed averages.")
+    parser.add_argument("--task", choices=("gpt", "bytes"), default="gpt")
+    parser.add_argument(
+        "--averages", nargs="+", default=[NATIVE, "int8"], help=f"{NATIVE}, or a codec as of onebit.benchmarks"
+    )
+    parser.add_argument("--replicas", type=int, default=2, help="the other ranks are shards")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="blocks with torch.compile")
+    add_settings(parser)
+    parser.set_defaults(folder=record.default_folder())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
