@@ -60,6 +60,7 @@ test-mpi: setup ## run the tests over MPI with NP ranks
 torture: setup ## strike at ranks, spoil gradients, make wrong calls and SOAK steps; minutes on many cores
 	$(BIN)/python -m tests.faults.campaign --strikes $(STRIKES) --injections $(INJECTIONS) \
 		--wrong-calls $(WRONG_CALLS) --soak $(SOAK) --output benchmarks/results
+	$(BIN)/python -m tests.faults.report
 
 .PHONY: lint
 lint: setup ## check style and types
