@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 examples/train_gpt_hsdp.py --compile              # 2 replicas of 2 shards each
 
-The runs are made one after the other, from the same weights and on the same samples. Each prints its held-out loss, what
-a rank has sent to other replicas, and its time; the table of all becomes one JSON document. What onebit adds to FSDP is
+The runs are made one after the other, from the same weights and on the same samples. Each prints its held-out loss,
+what a rank has sent to other replicas, and its time; all of them become one JSON document. What onebit adds to FSDP is
 in `shard`.
 """
 
@@ -90,13 +90,7 @@ def train(
     held_out = [(x.to(device), y.to(device)) for x, y in task.held_out()[world.rank :: world.size]]
     due = {run.steps * part // run.evaluations for part in range(1, run.evaluations + 1)}
     draw = torch.Generator().manual_seed(1_000_003 * run.seed)  # the same samples on all ranks, which share them out
-    row: dict[str, Any] = {
-        "case": average,
-        "parameters": parameters,
-        "steps": run.steps,
-        "dense_steps": run.freeze_step,
-        "held_out": [],
-    }
+    row: dict[str, Any] = {"case": average, "parameters": parameters, "steps": run.steps, "held_out": []}
     losses: list[Tensor] = []
     stretches: list[float] = []
     since = 0
@@ -118,17 +112,17 @@ def train(
     row["seconds"] = clock(device) - start
     row["seconds_per_step"] = {"first": stretches[0], "median": median(stretches[1:] or stretches)}
     row["loss"] = mean_over_ranks([torch.stack(losses[-100:]).mean().item()], world, device)[0]
-    row |= sent(hooks, model, run.steps, mesh)
+    row |= sent(hooks, model, run, mesh)
     row["replicas_equal"] = replicas_equal(model, mesh, world, device)
     return row
 
 
-def sent(hooks: UnitHooks | None, model: nn.Module, steps: int, mesh: DeviceMesh) -> dict[str, Any]:
+def sent(hooks: UnitHooks | None, model: nn.Module, run: Run, mesh: DeviceMesh) -> dict[str, Any]:
     """Bytes that this rank has sent to other replicas: counted by ours, by the formula of an all-reduce for FSDP's."""
     if hooks is not None:
-        return {"wire_bytes": hooks.stats.wire_bytes, "counted": True}
+        return {"wire_bytes": hooks.stats.wire_bytes, "counted": True, "dense_steps": run.freeze_step}
     elements = sum(shard.numel() for shard in shards(model))
-    return {"wire_bytes": steps * fp32_bytes(elements, mesh.size(0)), "counted": False}
+    return {"wire_bytes": run.steps * fp32_bytes(elements, mesh.size(0)), "counted": False, "dense_steps": run.steps}
 
 
 def replicas_equal(model: nn.Module, mesh: DeviceMesh, world: Backend, device: torch.device) -> bool:
@@ -156,7 +150,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     loss, baseline = row["held_out"][-1]["loss"], first["held_out"][-1]["loss"]
     return (
         f"{row['case']}: held-out loss {loss:.4f} ({loss / baseline - 1:+.2%} of {first['case']}), "
-        f"{row['wire_bytes'] / 1e6:.1f} MB sent to replicas ({first['wire_bytes'] / row['wire_bytes']:.1f} times fewer), "
+        f"{row['wire_bytes'] / 1e6:.1f} MB sent to replicas (1/{first['wire_bytes'] / row['wire_bytes']:.1f}), "
         f"{1e3 * row['seconds_per_step']['median']:.1f} ms a step, {row['seconds']:.0f} s; "
         f"replicas equal: {row['replicas_equal']}"
     )
