@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Backend, Residual, Stats, agree, make_backend
-from onebit.comm.bucket_size import bucket_mb_for
+from onebit.comm.bucket_size import STEP_BUCKET_MB, bucket_mb_for
 from onebit.comm.ddp import AveragingHook, unattached
 from onebit.comm.levels import LocalGroup
 from onebit.compress import Codec, InputError
@@ -24,7 +24,7 @@ from onebit.optim.loading import check_state
 from onebit.optim.loss_scale import unscaled
 from onebit.optim.metrics import Metrics, metrics
 from onebit.optim.options import RightOptions, check_count, check_flags, check_supported
-from onebit.optim.overlap import Overlap, claim, overlapped_bucket_mb
+from onebit.optim.overlap import OVERLAPPED_BUCKET_MB, Overlap, claim
 from onebit.optim.owners import take_over
 from onebit.optim.pending import PendingSteps
 from onebit.optim.refusals import check_parameters, refuse_capture, refused, refused_devices
@@ -460,8 +460,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _bucket_size(self) -> float:
         """MiB of fp32 that travel together."""
-        size = bucket_mb_for if self._overlap is None else overlapped_bucket_mb
-        return size(self.param_groups[0]["params"], self._bucket_mb)
+        defaults = STEP_BUCKET_MB if self._overlap is None else OVERLAPPED_BUCKET_MB
+        return bucket_mb_for(self.param_groups[0]["params"], self._bucket_mb, defaults)
 
     def _check_group_options(self, group: Mapping[str, Any]) -> None:
         check_supported(type(self).__name__, group)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from onebit.comm.bucket_size import bucket_mb_for
 from onebit.compress import InputError
 from onebit.optim.exchange import Exchange
 from onebit.optim.refusals import refused_gradient
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from onebit.optim.base import CompressedOptimizer
 
 # MiB of fp32 per bucket. What is sent last is not hidden; but ranks wait for each other twice in every bucket.
-BUCKET_MB = {"cpu": 12.0, "cuda": 64.0}
+OVERLAPPED_BUCKET_MB = {"cpu": 12.0, "cuda": 64.0}
 
 
 # Whose hook on a parameter acts: that of the latest optimizer, for one before it may still be alive.
@@ -217,10 +216,3 @@ class Overlap:
     def _who(self) -> str:
         optimizer = self._owner()
         return f"rank {optimizer.backend.rank}: {type(optimizer).__name__}(overlap=True)"
-
-
-def overlapped_bucket_mb(params: Sequence[Tensor], bucket_mb: float | None) -> float:
-    """As `bucket_mb_for`, for averages that are sent during backward."""
-    if bucket_mb is None and params:
-        bucket_mb = BUCKET_MB.get(params[0].device.type)
-    return bucket_mb_for(params, bucket_mb)

@@ -35,6 +35,7 @@ class Group:
 
     Attributes:
         kind: of its tensors.
+        all: all of them.
         full: those that the fast kernels take.
         others: all others, which need the kernels for any block.
         masked: the first of these: the fast kernels would take them if all their elements took part.
@@ -42,6 +43,7 @@ class Group:
     """
 
     kind: int
+    all: Places
     full: Places
     others: Places
     masked: Places
@@ -102,8 +104,8 @@ def _sorted(
     for number in range(n_classes):
         mine = classes[tensor] == number
         kinds = [table[mine & blocks] for blocks in (full, whole & ~full, ~whole)]
-        others, n = _sent(np.concatenate(kinds[1:]), device), len(kinds[1])
-        made.append([_places(t) for t in (_sent(kinds[0], device), others, others[:n], others[n:])])
+        sent, a, b = _sent(np.concatenate(kinds), device), len(kinds[0]), len(kinds[0]) + len(kinds[1])
+        made.append([_places(t) for t in (sent, sent[:a], sent[a:], sent[a:b], sent[b:])])
     return made
 
 

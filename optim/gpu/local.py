@@ -40,8 +40,7 @@ class LocalStep(local_kernels.LocalStep):
             for places, kernel in ((group.full, f"step_full_{TYPES[group.kind % 4]}"), (group.others, "step_any")):
                 self._launch(kernel, 32 * places.n, places, group, addresses)
         for group in found:
-            for places in (group.full, group.others):
-                self._launch("take_back", min(32 * places.n, _TAKING_BACK), places, group, addresses)
+            self._launch("take_back", min(32 * group.all.n, _TAKING_BACK), group.all, group, addresses)
 
     def _begin(self) -> None:
         """Write what an interval begins with, where one does."""

@@ -79,10 +79,8 @@ def undo_encode(
     local: _Local = part.layout.cache[_ENCODED]
     rest = (part.sent.data_ptr(), address(proceed), *_sizes(part))
     for group in local.groups:
-        for places in (group.full, group.others):
-            if places.n:
-                threads = min(32 * places.n, _UNDO_THREADS)
-                launch(_SOURCE, "undo_any", part.sent.device, threads, *local.arguments(places, group), *rest)
+        threads = min(32 * group.all.n, _UNDO_THREADS)
+        launch(_SOURCE, "undo_any", part.sent.device, threads, *local.arguments(group.all, group), *rest)
 
 
 def decode_update(
