@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
@@ -29,19 +30,30 @@ def works(world_size: int) -> st.SearchStrategy[Work]:
     return st.tuples(some, st.lists(batch, min_size=LEAST, max_size=MOST)).map(lambda drawn: [*drawn[0], drawn[1]])
 
 
-def train(backend: Backend, name: str, work: Work, filled: bool, counted: bool) -> tuple[str, int]:
-    """Train on this rank's batches; `filled`: with zeros for gradients that only other ranks have."""
+def train(
+    backend: Backend, name: str, work: Work, filled: bool, counted: bool, overlap: bool = False
+) -> tuple[str, int]:
+    """Train on this rank's batches.
+
+    filled: with zeros for gradients that only other ranks have; overlap: gradients are sent while backward makes them.
+    """
     params = [Parameter(values(i, shape=shape)) for i, shape in enumerate(SHAPES)]
-    optimizer: CompressedOptimizer = MAKERS[name](params, lr=1e-2, backend=backend)
+    optimizer: CompressedOptimizer = MAKERS[name](
+        params, lr=1e-2, backend=backend, overlap=overlap, bucket_mb=2**-12 if overlap else None
+    )
     batches: Iterable[tuple[bool, ...]] = work[backend.rank]
     made = 0
     for number, batch in enumerate(in_step(batches if counted else iter(batches), optimizer)):
+        optimizer.zero_grad()
+        used = []
         for i, p in enumerate(params):
             others = any(number < len(theirs) and theirs[number][i] for theirs in work)
             if batch is not None and batch[i]:
-                p.grad = values(i, number, backend.rank, shape=tuple(p.shape))
-            else:
-                p.grad = p.detach() * 0 if filled and others else None
+                used.append((p * values(i, number, backend.rank, shape=tuple(p.shape))).sum())
+            elif filled and others:
+                used.append((p * 0).sum())
+        if used:
+            torch.stack(used).sum().backward()
         optimizer.step()
         made += 1
     if isinstance(optimizer, ZeroOneAdam):
@@ -59,6 +71,7 @@ def test_what_a_rank_lacks_counts_as_zeros_whatever_the_pattern(data: st.DataObj
     assert len(set(told)) == 1
     assert told[0][1] == max(map(len, work))
     assert told == run_threads(size, train, name, work, True, counted)
+    assert told == run_threads(size, train, name, work, False, counted, True)
 
 
 @pytest.mark.parametrize(
