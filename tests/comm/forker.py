@@ -1,7 +1,7 @@
-"""A process that has imported torch once and forks ranks, which spares every rank of every launch that import.
+"""A process that has imported and made ready once what ranks need, and forks them, which spares each of them a second.
 
 It reads one job per line and answers with the ranks' exit statuses. It never runs a tensor operation itself, so neither
-threads nor a CUDA context exist when it forks.
+threads of torch's nor a CUDA context exist when it forks.
 """
 
 from __future__ import annotations
@@ -18,16 +18,26 @@ from tests.comm.rank import run_rank
 
 
 def main() -> None:
-    import torch._dynamo  # noqa: F401  which torch imports when the first optimizer is made, in seconds
-
-    with contextlib.suppress(ImportError):
-        import numba  # noqa: F401  which the ranks would import one by one
+    make_ready()
     for line in sys.stdin:
         job = json.loads(line)
         ranks = {rank: fork(Path(job["folder"]), rank) for rank in range(job["world_size"])}
         statuses = reap(ranks, time.monotonic() + job["timeout"], set(job["without"]))
         sys.stdout.write(json.dumps(statuses) + "\n")
         sys.stdout.flush()
+
+
+def make_ready() -> None:
+    """What the ranks would do one by one."""
+    import pytest  # noqa: F401  by the modules that their functions stand in
+    import torch._dynamo  # noqa: F401  by torch, when the first optimizer is made
+
+    import onebit.optim  # noqa: F401
+
+    with contextlib.suppress(ImportError):
+        import numba
+
+        numba.njit("void()")(lambda: None)  # the compiler makes itself ready, to load a kernel from the disk as well
 
 
 def fork(folder: Path, rank: int) -> int:
