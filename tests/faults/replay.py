@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,18 @@ DIGEST = 32  # bytes; who sends so many compares facts, and ranks that agree all
 GARBAGE = 0x5A  # what a transport that has failed may leave where it should have written
 OPERATIONS = ("_all_to_all", "_all_gather", "_all_reduce")
 
-Tape = list[list[Tensor]]  # per step what came, in the order in which it was asked for
+
+@dataclass
+class Heard:
+    """What came in one step, in the order in which it was asked for.
+
+    Attributes:
+        tensors: of collectives, but for those that compare facts or colors.
+        colors: of all ranks of a group that is split.
+    """
+
+    tensors: list[Tensor] = field(default_factory=list)
+    colors: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -29,7 +41,7 @@ class Recorded:
         moments: what the rank had after each of 0 to all steps.
     """
 
-    tape: Tape = field(default_factory=list)
+    tape: list[Heard] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
 
 
@@ -48,10 +60,9 @@ def record(
     def train(backend: Backend) -> Recorded:
         seen, optimizer = Recorded(), make(backend)
         seen.moments.append(Moment.of(optimizer))
-        for operation in OPERATIONS:
-            setattr(backend, operation, _recording(getattr(backend, operation), seen.tape))
+        _listen(backend, seen.tape)
         for number in range(steps):
-            seen.tape.append([])
+            seen.tape.append(Heard())
             step(optimizer, backend.rank, number)
             seen.moments.append(Moment.of(optimizer))
         return seen
@@ -59,14 +70,31 @@ def record(
     return run_threads(world_size, train)
 
 
-def _recording(start: Callable[..., Handle], tape: Tape) -> Callable[..., Handle]:
-    def recording(output: Tensor, *inputs: Tensor) -> Handle:
-        kept = torch.empty_like(output)
-        if not (inputs and _compares_facts(inputs[0])):
-            tape[-1].append(kept)
-        return _Kept(start(output, *inputs), output, kept)
+def _listen(backend: Any, tape: list[Heard]) -> None:
+    """Have what comes through a backend and its parts written down from now on."""
 
-    return recording
+    def recording(start: Callable[..., Handle]) -> Callable[..., Handle]:
+        def started(output: Tensor, *inputs: Tensor) -> Handle:
+            kept = torch.empty_like(output)
+            if not _compares(inputs):
+                tape[-1].tensors.append(kept)
+            return _Kept(start(output, *inputs), output, kept)
+
+        return started
+
+    def colors(color: int) -> list[int]:
+        found: list[int] = type(backend)._colors(backend, color)
+        tape[-1].colors.append(found)
+        return found
+
+    def part(members: Sequence[int]) -> Backend:
+        made: Backend = type(backend)._part(backend, members)
+        _listen(made, tape)
+        return made
+
+    for operation in OPERATIONS:
+        setattr(backend, operation, recording(getattr(backend, operation)))
+    backend._colors, backend._part = colors, part
 
 
 @dataclass
@@ -86,29 +114,24 @@ class Failure(Exception):
     """What a transport raises."""
 
 
-class ReplayBackend(Backend):
-    """A rank that is told what the others have sent. Every start and every wait of a collective is an event.
+class Replay:
+    """Plays a tape to a backend and its parts. Every start and every wait of a collective is an event, which may fail.
 
     Attributes:
         events: how many there were since `rewind`.
     """
 
-    name = "replay"
-    device_type = "cpu"
-
-    def __init__(self, rank: int, world_size: int, tape: Tape) -> None:
-        super().__init__(rank, world_size)
+    def __init__(self, tape: Sequence[Heard]) -> None:
         self._tape = tape
-        self._coming: list[Tensor] = []
+        self._coming = Heard()
         self._under_way: list[Tensor] = []
         self._fatal: int | None = None
         self._error: type[BaseException] = Failure
         self.events = 0
 
     def rewind(self, step: int, fatal: int | None, error: type[BaseException]) -> None:
-        """Be a new group that makes a step, and whose event number `fatal` fails; None: nothing fails."""
-        self._order.broken_by = None
-        self._coming = list(self._tape[step])
+        """From now on a step is made whose event number `fatal` fails; None: nothing fails."""
+        self._coming = Heard(list(self._tape[step].tensors), list(self._tape[step].colors))
         self._under_way = []
         self._fatal, self._error = fatal, error
         self.events = 0
@@ -125,33 +148,65 @@ class ReplayBackend(Backend):
             self.litter()
             raise self._error
 
+    def start(self, backend: Backend, output: Tensor, *inputs: Tensor) -> Handle:
+        """Start what brought the next tensor of the tape, or a comparison of facts."""
+        self._under_way.append(output)
+        self.event()
+        comes = inputs[0].repeat(backend.size) if _compares(inputs) else self._coming.tensors.pop(0)
+        return _Replayed(self, output, comes)
+
     def take(self, output: Tensor, comes: Tensor) -> None:
         """Write what has come."""
+        self.event()
         output.copy_(comes)
         self._under_way = [other for other in self._under_way if other is not output]
 
-    def _start(self, output: Tensor, *inputs: Tensor) -> Handle:
-        self._under_way.append(output)
+    def colors(self) -> list[int]:
+        """The next colors of the tape."""
         self.event()
-        facts = bool(inputs) and _compares_facts(inputs[0])
-        return _Replayed(self, output, inputs[0].repeat(self.size) if facts else self._coming.pop(0))
+        return self._coming.colors.pop(0)
+
+
+@dataclass
+class _Replayed:
+    replay: Replay
+    output: Tensor
+    comes: Tensor
+
+    def wait(self, timeout: float) -> None:
+        self.replay.take(self.output, self.comes)
+
+
+class ReplayBackend(Backend):
+    """A rank that is told what the others have sent."""
+
+    name = "replay"
+    device_type = "cpu"
+
+    def __init__(self, rank: int, world_size: int, replay: Replay) -> None:
+        super().__init__(rank, world_size)
+        self._replay = replay
+
+    def mend(self) -> None:
+        """Be a new group, of which nothing has failed."""
+        self._order.broken_by = None
+
+    def _start(self, output: Tensor, *inputs: Tensor) -> Handle:
+        return self._replay.start(self, output, *inputs)
 
     _all_to_all = _all_gather = _all_reduce = _start
+
+    def _colors(self, color: int) -> list[int]:
+        with self.guard("split"):
+            return self._replay.colors()
+
+    def _part(self, members: Sequence[int]) -> ReplayBackend:
+        return ReplayBackend(members.index(self.rank), len(members), self._replay)
 
     def _barrier(self) -> None:
         raise NotImplementedError
 
 
-@dataclass
-class _Replayed:
-    backend: ReplayBackend
-    output: Tensor
-    comes: Tensor
-
-    def wait(self, timeout: float) -> None:
-        self.backend.event()
-        self.backend.take(self.output, self.comes)
-
-
-def _compares_facts(input: Tensor) -> bool:
-    return input.dtype == torch.uint8 and input.numel() == DIGEST
+def _compares(inputs: Sequence[Tensor]) -> bool:
+    """Whether facts are compared, or colors, by a collective with these inputs."""
+    return any((t.dtype, t.numel()) in ((torch.uint8, DIGEST), (torch.int64, 2)) for t in inputs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import Tensor
 
 from onebit.comm import Backend, TransportError
 from onebit.optim import CompressedOptimizer
-from tests.faults.replay import Failure, ReplayBackend, record
+from tests.faults.replay import Failure, Replay, ReplayBackend, record
 from tests.faults.training import MAKERS, Moment, give_gradients, make
 from tests.optim.samples import all_params
 
@@ -29,38 +31,51 @@ def feedback(optimizer: CompressedOptimizer) -> list[Tensor]:
     return [part for residual in residuals for part in (*residual.worker, *residual.server)]
 
 
-@pytest.mark.parametrize(
-    ("rank", "error", "overlap"), [(0, Failure, False), (1, KeyboardInterrupt, False), (1, Failure, True)]
-)
-@pytest.mark.parametrize("name", MAKERS)
-def test_it_leaves_a_rank_as_it_was_before(name: str, rank: int, error: type[BaseException], overlap: bool) -> None:
-    def made(backend: Backend) -> CompressedOptimizer:
-        return make(name, backend, overlap=overlap)
+# The options of the optimizer, and the error of the collective.
+CASES: dict[str, tuple[dict[str, Any], type[BaseException]]] = {
+    "plain": ({}, Failure),
+    "interrupted": ({}, KeyboardInterrupt),
+    "overlap": ({"overlap": True}, Failure),
+    "two levels": ({"local_group": 2}, Failure),
+}
 
-    recorded = record(made, step, 2, STEPS)[rank]
-    backend = ReplayBackend(rank, 2, recorded.tape)
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_leaves_a_rank_as_it_was_before(name: str, case: str) -> None:
+    options, error = CASES[case]
+    world_size = 4 if "local_group" in options else 2
+    rank = 0 if case == "plain" else world_size - 1
+
+    def made(backend: Backend) -> CompressedOptimizer:
+        return make(name, backend, **options)
+
+    recorded = record(made, step, world_size, STEPS)[rank]
+    replay = Replay(recorded.tape)
+    backend = ReplayBackend(rank, world_size, replay)
     optimizer = made(backend)
     expected = TransportError if error is Failure else error
     failed = 0
     for number in range(STEPS):
         kept = [part.clone() for part in feedback(optimizer)]
         # Who overlaps learns an order in its first step, once: then that step cannot be made again as it was recorded.
-        fatal = None if overlap and number == 0 else 0
+        fatal = None if "overlap" in options and number == 0 else 0
         while True:
             where = f"step {number}, event {fatal}"
-            backend.rewind(number, fatal, error)
+            backend.mend()
+            replay.rewind(number, fatal, error)
             try:
                 step(optimizer, rank, number)
                 break
             except expected:
                 failed += 1
             assert fatal is not None
-            assert Moment.of(optimizer).fits(recorded.moments[number]), where
-            backend.litter()
-            assert Moment.of(optimizer).fits(recorded.moments[number]), f"{where}, with bytes that came later"
+            assert not Moment.of(optimizer).misfits(recorded.moments[number]), where
+            replay.litter()
+            assert not Moment.of(optimizer).misfits(recorded.moments[number]), f"{where}, with bytes that came later"
             for i, part in enumerate(feedback(optimizer)):  # to the last bit, so that what follows can be compared
                 part.copy_(kept[i]) if kept else part.zero_()
             fatal += 1
-        assert fatal is None or backend.events == fatal, f"step {number}: a failure was lost"
+        assert fatal is None or replay.events == fatal, f"step {number}: a failure was lost"
         assert Moment.of(optimizer).equals(recorded.moments[number + 1]), f"after step {number}"
     assert failed > 10 * (STEPS - 2)  # but for the local one
