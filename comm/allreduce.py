@@ -251,7 +251,10 @@ class CompressedWork:
             bucket.gather(in_line)
 
     def forget(self, index: int) -> None:
-        """What this part has encoded has been overwritten since: an undoing makes its error feedback 0."""
+        """What this part has encoded has been overwritten since: an undoing makes its error feedback 0.
+
+        With `local_group` the node's mean was encoded, which is still there, and all is put back.
+        """
         self._lost.add(index)
 
     def wait(self) -> None:
@@ -397,9 +400,8 @@ class CompressedWork:
         """Undo what is encoded; the worker's side only if it is known how."""
         for index, bucket in enumerate(self._buckets):
             residual = bucket.part.residual
-            if bucket.encoded and index in self._lost:
-                if residual is not None:
-                    residual.zero_()
+            if bucket.encoded and index in self._lost and residual is not None:
+                residual.zero_()
             elif bucket.encoded and undo_encode is not None:
                 undo_encode(bucket.part)
             if bucket.encoded:

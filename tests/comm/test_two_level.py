@@ -270,6 +270,25 @@ def test_spoiled_and_staged_parts_work_as_on_one_level() -> None:
     run_threads(4, average)
 
 
+def test_what_was_encoded_is_undone_though_what_was_given_is_overwritten() -> None:
+    def average(backend: Backend) -> None:
+        reduce = CompressedAllreduce(torch.zeros(3000), backend, CODEC, local_group=2)
+        reduce(normal(backend.rank, 0))
+        before, rows = reduce.state_dict(), [normal(backend.rank, 1)]
+        work = reduce.start_with(*reduce.encoding(rows), send=False)
+        work.send(0)
+        work.pass_on(0)
+        rows[0].fill_(7.0)
+        work.forget(0)
+        work.finish()
+        work.undo()
+        after = reduce.state_dict()
+        for side in ("worker", "server"):  # the node's mean was encoded, and is kept; rounded as above
+            torch.testing.assert_close(after[side], before[side], rtol=0, atol=4 * 8 * oracle.UNIT)
+
+    run_threads(4, average)
+
+
 @pytest.mark.parametrize("lost", [1, 3])
 def test_a_lost_rank_is_an_error_on_all_others_that_leaves_feedback_as_before(lost: int) -> None:
     def lose(backend: Backend) -> None:
