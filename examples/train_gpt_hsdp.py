@@ -1,6 +1,7 @@
 """Train the study's GPT under hybrid sharding (HSDP), with FSDP's own average over replicas and with compressed ones.
 
     torchrun --nproc-per-node 4 examples/train_gpt_hsdp.py --compile              # 2 replicas of 2 shards each
+    torchrun --nproc-per-node 4 examples/train_gpt_hsdp.py --averages fsdp int8 int4 onebit-adam --steps 1000
 
 The runs are made one after the other, from the same weights and on the same samples. Each prints its held-out loss,
 what a rank has sent to other replicas, and its time; all of them become one JSON document. What onebit adds to FSDP is
@@ -10,8 +11,9 @@ in `shard`.
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
@@ -32,9 +34,11 @@ from onebit.benchmarks.options import parse_codec
 from onebit.comm import make_backend
 from onebit.comm.backend import Backend
 from onebit.comm.fsdp import UnitHooks, compress_gradients
-from onebit.comm.stats import fp32_bytes
+from onebit.comm.stats import Stats, fp32_bytes
+from onebit.optim import OnebitAdam
 
 NATIVE = "fsdp"  # the average over replicas that FSDP makes by itself, in fp32
+ONEBIT = "onebit-adam"  # none, and an optimizer over this rank's shards that averages over replicas by itself
 
 
 def main() -> None:
@@ -71,7 +75,7 @@ def shard(
             blocks[index] = torch.compile(blocks[index])
         fully_shard(blocks[index], mesh=mesh if native else mesh["shard"], mp_policy=policy)
     fully_shard(model, mesh=mesh if native else mesh["shard"], mp_policy=policy)
-    if native:
+    if average in (NATIVE, ONEBIT):
         return None
     return compress_gradients(model, mesh["replicate"], parse_codec(average), start_step=start_step)
 
@@ -85,7 +89,11 @@ def train(
     parameters = sum(p.numel() for p in model.parameters())
     torch._dynamo.config.suppress_errors = True  # without a C compiler it trains all the same, after a warning
     hooks = shard(model, average, mesh, run.freeze_step, device, compiled)
-    optimizer = make_optimizer(run, list(model.parameters()), world)
+    whole: Any = model
+    replicas = make_backend(mesh.get_group("replicate"), device=device)
+    own = [nn.Parameter(part) for part in shards(model)] if average == ONEBIT else []  # the model's own memory
+    chosen = replace(run, optimizer=ONEBIT if own else run.optimizer)
+    optimizer = make_optimizer(chosen, own or list(model.parameters()), replicas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
     held_out = [(x.to(device), y.to(device)) for x, y in task.held_out()[world.rank :: world.size]]
     due = {run.steps * part // run.evaluations for part in range(1, run.evaluations + 1)}
@@ -97,44 +105,53 @@ def train(
     start = began = clock(device)
     for number in range(run.steps):
         inputs, targets = (part[world.rank :: world.size].to(device) for part in task.draw(draw))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = task.loss(model, inputs, targets)
         loss.backward()
-        if run.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+        norm: Any = nn.utils.clip_grad_norm_(model.parameters(), math.inf if own or not run.clip else run.clip)
+        if own:
+            hand_over(model, own, norm.full_tensor(), run.clip or math.inf, replicas)
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
         if number + 1 in due:
             stretches.append((clock(device) - began) / (number + 1 - since))
             row["held_out"].append({"step": number + 1, "loss": evaluate(task, model, held_out, world, device)})
+            whole.reshard()  # without a backward FSDP leaves the outermost module whole
             began, since = clock(device), number + 1
     row["seconds"] = clock(device) - start
     row["seconds_per_step"] = {"first": stretches[0], "median": median(stretches[1:] or stretches)}
     row["loss"] = mean_over_ranks([torch.stack(losses[-100:]).mean().item()], world, device)[0]
-    row |= sent(hooks, model, run, mesh)
-    row["replicas_equal"] = replicas_equal(model, mesh, world, device)
+    stats = optimizer.stats if isinstance(optimizer, OnebitAdam) else None if hooks is None else hooks.stats
+    row |= sent(stats, model, run, replicas)
+    equal = len(set(checksums(shards(model), replicas))) == 1
+    row["replicas_equal"] = mean_over_ranks([float(equal)], world, device) == [1.0]
     return row
 
 
-def sent(hooks: UnitHooks | None, model: nn.Module, run: Run, mesh: DeviceMesh) -> dict[str, Any]:
+def hand_over(model: nn.Module, own: list[nn.Parameter], norm: Tensor, bound: float, replicas: Backend) -> None:
+    """Give the optimizer this rank's shards of gradients, scaled by one factor for all replicas.
+
+    norm: of this replica's gradient; `bound` holds for the power mean of those of all replicas.
+    """
+    squares = norm.square().reshape(1)
+    replicas.all_reduce(squares).wait()
+    factor = (bound / (squares / replicas.size).sqrt()).clamp(max=1.0)
+    for held, p in zip(own, model.parameters(), strict=True):
+        held.grad = p.grad.to_local().mul_(factor) if isinstance(p.grad, DTensor) else None
+
+
+def sent(stats: Stats | None, model: nn.Module, run: Run, replicas: Backend) -> dict[str, Any]:
     """Bytes that this rank has sent to other replicas: counted by ours, by the formula of an all-reduce for FSDP's."""
-    if hooks is not None:
-        return {"wire_bytes": hooks.stats.wire_bytes, "counted": True, "dense_steps": run.freeze_step}
-    elements = sum(shard.numel() for shard in shards(model))
-    return {"wire_bytes": run.steps * fp32_bytes(elements, mesh.size(0)), "counted": False, "dense_steps": run.steps}
-
-
-def replicas_equal(model: nn.Module, mesh: DeviceMesh, world: Backend, device: torch.device) -> bool:
-    """Whether every shard is bit-equal on all replicas."""
-    replicas = make_backend(mesh.get_group("replicate"), device=device)
-    equal = len(set(checksums(shards(model), replicas))) == 1
-    return mean_over_ranks([float(equal)], world, device) == [1.0]
+    if stats is not None:
+        return {"wire_bytes": stats.wire_bytes, "counted": True, "dense_steps": run.freeze_step}
+    elements = sum(part.numel() for part in shards(model))
+    return {"wire_bytes": run.steps * fp32_bytes(elements, replicas.size), "counted": False, "dense_steps": run.steps}
 
 
 def shards(model: nn.Module) -> list[Tensor]:
     """This rank's part of every parameter."""
-    return [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
+    return [p.to_local().detach() for p in model.parameters() if isinstance(p, DTensor)]
 
 
 def clock(device: torch.device) -> float:
@@ -160,7 +177,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a GPT under HSDP with plain and compressed averages.")
     parser.add_argument("--task", choices=("gpt", "bytes"), default="gpt")
     parser.add_argument(
-        "--averages", nargs="+", default=[NATIVE, "int8"], help=f"{NATIVE}, or a codec as of onebit.benchmarks"
+        "--averages",
+        nargs="+",
+        default=[NATIVE, "int8"],
+        help=f"{NATIVE}, {ONEBIT}, or a codec as of onebit.benchmarks",
     )
     parser.add_argument("--replicas", type=int, default=2, help="the other ranks are shards")
     parser.add_argument("--seed", type=int, default=0)
