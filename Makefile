@@ -10,6 +10,7 @@ NP     ?= 2
 RATE   ?= 1gbit
 HOSTS  ?= 2
 DELAY  ?=
+JOBS   ?= 1
 
 STRIKES     ?= 312
 INJECTIONS  ?= 2000
@@ -37,9 +38,12 @@ help: ## print this list
 	@echo 'usage: make TARGET'
 	@echo
 	@sed -En 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
-		printf '%-12s %s\n' "$$target" "$$text"; done
+		printf '%-17s %s\n' "$$target" "$$text"; done
 	@echo
-	@echo 'variables: PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  NP=$(NP)  RATE=$(RATE)  HOSTS=$(HOSTS)  DELAY=$(DELAY)  PEERS=$(PEERS)  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)  WRONG_CALLS=$(WRONG_CALLS)  SOAK=$(SOAK)'
+	@echo 'variables, as in make test-mpi NP=4:'
+	@echo '  PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  JOBS=$(JOBS) (for test: files at a time)'
+	@echo '  NP=$(NP)  RATE=$(RATE)  HOSTS=$(HOSTS)  LOCAL=$(LOCAL)  DELAY=$(DELAY)  SHORT=$(SHORT)  SOCKETS=$(SOCKETS)  PEERS=$(PEERS)'
+	@echo '  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)  WRONG_CALLS=$(WRONG_CALLS)  SOAK=$(SOAK)'
 
 .PHONY: setup
 setup: $(INSTALLED) ## build .venv with the versions of constraints.txt; needs the network the first time only
@@ -49,8 +53,8 @@ demo: setup ## train a small transformer on two ranks, AdamW against OnebitAdam;
 	$(BIN)/python examples/demo.py
 
 .PHONY: test
-test: setup ## run all tests that this machine can run
-	$(BIN)/python -m pytest
+test: setup ## run all tests that this machine can run, JOBS files at a time
+	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 .PHONY: test-mpi
 test-mpi: setup ## run the tests over MPI with NP ranks
