@@ -10,15 +10,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from onebit.comm import Backend, TransportError
+from onebit.comm.backend import Handle
 from onebit.optim import CompressedOptimizer
 from tests.faults.training import STEPS, Moment, give_gradients, load, make, save, undisturbed
 
 FAULTS = ("kill", "stop", "late", "pause")
 AFTER = 7  # steps that would follow that of the fault, more than an interval of 0/1 Adam has
+CALLS = 24  # starts and waits; a step of all buckets has 16, and 24 where ranks have to agree first
 CHECKPOINT = "checkpoint"
 PATIENCE = 15.0  # seconds that a rank stays for the others to have said what they saw
 
@@ -36,6 +41,8 @@ class Plan:
         step: in which step it strikes.
         saving: it strikes while the checkpoint after that step is written, else in the step itself.
         moment: how far into it, in times of what it took the last time.
+        call: None: at that moment. Else right before so many starts and waits of collectives have been made, counted
+            from the step's begin.
         limit: seconds that one collective may take.
         folder: for checkpoints and what ranks tell each other.
     """
@@ -48,6 +55,7 @@ class Plan:
     step: int
     saving: bool
     moment: float
+    call: int | None
     limit: float
     folder: str = field(repr=False)
 
@@ -55,7 +63,8 @@ class Plan:
     def draw(
         random: random.Random, *, kind: str, optimizer: str, fault: str, world_size: int, limit: float, folder: str
     ) -> Plan:
-        """A random victim, step and moment."""
+        """A random victim, step and moment, or call."""
+        call = random.randrange(CALLS) if random.random() < 0.5 else None
         return Plan(
             kind=kind,
             world_size=world_size,
@@ -63,8 +72,9 @@ class Plan:
             fault=fault,
             victim=random.randrange(world_size),
             step=random.randrange(STEPS - AFTER),
-            saving=random.random() < 0.2,
+            saving=call is None and random.random() < 0.4,
             moment=random.random(),
+            call=call,
             limit=limit,
             folder=folder,
         )
@@ -139,7 +149,10 @@ def _train(optimizer: CompressedOptimizer, backend: Backend, plan: Plan, folder:
             start = time.monotonic()
             if (number, saving, backend.rank) == (plan.step, plan.saving, plan.victim):
                 strike = Strike(plan, plan.moment * took[saving])
-                strike.start()
+                if plan.call is None:
+                    strike.start()
+                else:
+                    strike_before(backend, plan.call, strike)
             if saving:
                 save(optimizer, folder)
             else:
@@ -206,12 +219,40 @@ def _meet(plan: Plan, rank: int, folder: Path) -> None:
         time.sleep(0.02)
 
 
+def strike_before(backend: Backend, call: int, strike: Strike) -> None:
+    """Have the process struck right before one of the starts and waits of collectives that follow."""
+    calls = iter(range(call + 1))
+
+    def count() -> None:
+        if next(calls, None) == call:
+            strike.now()
+
+    @dataclass
+    class Counted:
+        handle: Handle
+
+        def wait(self, timeout: float) -> None:
+            count()
+            self.handle.wait(timeout)
+
+    def counting(start: Callable[[Tensor, Tensor], Handle | None]) -> Callable[[Tensor, Tensor], Handle | None]:
+        def counted(output: Tensor, input: Tensor) -> Handle | None:
+            count()
+            handle = start(output, input)
+            return None if handle is None else Counted(handle)
+
+        return counted
+
+    for operation in ("_all_to_all", "_all_gather"):
+        setattr(backend, operation, counting(getattr(backend, operation)))
+
+
 class Strike(threading.Thread):
     """Strikes its own process after a delay, wherever the main thread is then, and leaves word of where that was.
 
     Args:
         plan: says how.
-        delay: seconds.
+        delay: seconds after `start`.
 
     Attributes:
         due: set it False, and what has not struck yet never will.
@@ -227,20 +268,28 @@ class Strike(threading.Thread):
         self._word = os.open(Path(plan.folder) / "struck", os.O_WRONLY | os.O_CREAT)
 
     def run(self) -> None:
-        plan = self._plan
         sys.setswitchinterval(1e-4)  # seconds; the default is longer than a step
-        away = {"late": 2.5 * plan.limit, "pause": 0.3 * plan.limit}.get(plan.fault)
-        if away is not None:
-            self._wake_later(away + self._delay)
+        self._wake_later(self._delay)
         time.sleep(self._delay)
+        self._strike()
+
+    def now(self) -> None:
+        """Strike where the caller is, which is the main thread."""
+        self._wake_later(0.0)
+        self._strike()
+
+    def _strike(self) -> None:
         if not self.due:
             return
         os.write(self._word, f"{time.monotonic()} {self._where()}".encode())
-        os.kill(os.getpid(), signal.SIGKILL if plan.fault == "kill" else signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGKILL if self._plan.fault == "kill" else signal.SIGSTOP)
 
-    def _wake_later(self, seconds: float) -> None:
-        """A stopped process cannot; one that nobody waits for can."""
-        subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"], close_fds=True)
+    def _wake_later(self, delay: float) -> None:
+        """Have it go on some time after a strike in `delay` seconds: a stopped process cannot wake itself."""
+        away = {"late": 2.5 * self._plan.limit, "pause": 0.3 * self._plan.limit}.get(self._plan.fault)
+        if away is not None:
+            command = f"sleep {away + delay}; kill -CONT {os.getpid()}"
+            subprocess.Popen(["/bin/sh", "-c", command], close_fds=True)
 
     def _where(self) -> str:
         """The innermost function of the library that the main thread is in."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor
 
+from onebit.comm import Backend, run_threads
 from tests.comm.launcher import mpi_survives, needs_mpi
-from tests.faults.endure import FAULTS, Plan
+from tests.faults.endure import FAULTS, Plan, strike_before
 from tests.faults.spoil import spoil_all
 from tests.faults.strikes import LIMIT, Strikes, strike
 from tests.faults.training import MAKERS
@@ -38,6 +42,30 @@ def test_a_rank_that_is_struck_harms_no_other_and_no_checkpoint(kind: str, fault
     if tally.runs:
         told = 1 if fault in ("kill", "stop") else 2
         assert (tally.raised, tally.unharmed) == ((0, told) if fault == "pause" else (told, 0))
+
+
+@pytest.mark.parametrize("call", range(5))
+def test_a_strike_at_a_call_comes_once_and_right_before_it(call: int) -> None:
+    def run(backend: Backend) -> list[str]:
+        seen: list[str] = []
+
+        class Seen(SimpleNamespace):
+            def wait(self, timeout: float) -> None:
+                seen.append("wait")
+
+        def start(output: Tensor, input: Tensor) -> Seen:
+            seen.append("start")
+            return Seen()
+
+        backend._all_gather = start  # type: ignore[method-assign, assignment]
+        strike_before(backend, call, SimpleNamespace(now=lambda: seen.append("strike")))  # type: ignore[arg-type]
+        for _ in range(2):
+            backend.all_gather(torch.empty(1), torch.zeros(1)).wait()
+        return seen
+
+    [seen] = run_threads(1, run)
+    calls = ["start", "wait", "start", "wait"]
+    assert seen == [*calls[:call], *["strike"] * (call < 4), *calls[call:]]
 
 
 def test_numbers_that_are_not_finite_leave_no_trace_in_any_optimizer_and_phase() -> None:
