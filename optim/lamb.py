@@ -106,6 +106,18 @@ def trust(x: Tensor, u: Tensor, group: Mapping[str, Any]) -> Tensor:
     return torch.where((x > 0) & (u > 0), (x / u).clamp(group["min_coeff"], group["max_coeff"]), 1.0)
 
 
+def has_factor(group: Mapping[str, Any]) -> bool:
+    """Whether compressed steps are multiplied by r; where both of its bounds are 1 they are not, and keep no v′."""
+    return not group["factor_min"] == group["factor_max"] == 1
+
+
+def forget_factor(states: Sequence[MutableMapping[str, Any]], layers: Layers, rows: slice | Tensor) -> None:
+    """Have no v′ and an r of 1, which steps without a factor leave behind."""
+    layers.factor[rows] = 1.0
+    for state in states:
+        state.pop("exp_avg_sq_fresh", None)
+
+
 def damped(ratio: Tensor, plain: Tensor, decayed: Tensor) -> Tensor:
     """(k,) fp32: r·a + 1 - a with a = ‖u₀‖/‖u‖, at most 1: weight decay does not grow with the ratio of variances."""
     share = torch.where(decayed > 0, (plain / decayed).clamp(max=1.0), 1.0)

@@ -14,6 +14,7 @@ from onebit.optim import lamb
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freezing import Freezing
 from onebit.optim.fused_lamb import FusedLamb, lamb_kernels
+from onebit.optim.fused_rates import FusedRates
 from onebit.optim.kernels import StepKernels
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
@@ -27,17 +28,19 @@ class OnebitLamb(Freezing):
 
     Steps 1 to `freeze_step` are LAMB on the mean gradient, which is averaged in fp32: with u = m̂/(√v̂ + ε) + λ·x, each
     parameter tensor moves by  x -= lr·c·u,  c = ‖x‖/‖u‖ within [min_coeff, max_coeff], or 1 if a norm is 0. Then the
-    variance is frozen, the momentum is averaged by `CompressedAllreduce`, and  x -= lr·c̄·r·u  with the running mean c̄
-    of c and a factor r. It follows the variance v′ that the averaged momentum stands for: r = max((√v̂ + ε)/(√v̂′ + ε))
-    over the tensor, damped by the share of weight decay in u, within [factor_min, factor_max], and at most
-    factor_threshold of itself away from its last value. A step multiplies by the r that the step before has left, 1 at
-    first, and finds the next.
-    Algorithms: You et al. 2020, arXiv 1904.00962; Li et al. 2021, arXiv 2104.06069. Do not average gradients
+    variance is frozen, the momentum is averaged by `CompressedAllreduce`, and  x -= lr·c̄·u  with the running mean c̄
+    of c. Algorithms: You et al. 2020, arXiv 1904.00962; Li et al. 2021, arXiv 2104.06069. Do not average gradients
     yourself; a model in `DistributedDataParallel` needs `onebit.comm.ddp.attach`.
 
+    The published algorithm multiplies these steps by a factor r as well, which ``factor_min=0.5, factor_max=4.0`` asks
+    for. It follows the variance v′ that the averaged momentum stands for: r = max((√v̂ + ε)/(√v̂′ + ε)) over the tensor,
+    damped by the share of weight decay in u, within these bounds, and at most factor_threshold of itself away from its
+    last value. A step multiplies by the r that the step before has left, 1 at first, and finds the next, so that one
+    pass over memory moves the parameters and measures. Such a maximum makes steps up to three times as long as LAMB's
+    own, where without r they were about as long (docs/convergence.md), so r has to be asked for.
+
     The published algorithm also brings all tensors' momenta to one size before they are compressed. Here no two tensors
-    share a scale, so that would change nothing and is left out. c̄ is corrected for its start at 0. r comes a step
-    later, so that one pass over memory moves the parameters and measures.
+    share a scale, so that would change nothing and is left out. c̄ is corrected for its start at 0.
 
     An entry whose variance is 0 at the freeze is dead: its momentum and error feedback stay 0, and r does not see it. A
     parameter that had no gradient on any rank during warm-up is left alone until `add_param_group` gives it a warm-up
@@ -56,6 +59,7 @@ class OnebitLamb(Freezing):
         max_coeff, min_coeff: bounds of c; published for BERT: 0.3 and 0.01.
         coeff_beta: how much of c̄ stays from step to step.
         factor_max, factor_min, factor_threshold: bounds of r, and of its change in one step; both bounds 1: no r.
+            Published for BERT: 4.0, 0.5 and 0.1. r costs 4 bytes of memory per element.
         variance_floor: √v of an entry becomes at least this share of the mean √v of its block at the freeze, on more
             than one rank; see `onebit.optim.floor`. 0: the algorithm as published.
         bias_correction: False leaves the factors 1-β₁ᵗ and 1-β₂ᵗ out.
@@ -89,8 +93,8 @@ class OnebitLamb(Freezing):
         max_coeff: float = 10.0,
         min_coeff: float = 0.01,
         coeff_beta: float = 0.9,
-        factor_max: float = 4.0,
-        factor_min: float = 0.5,
+        factor_max: float = 1.0,
+        factor_min: float = 1.0,
         factor_threshold: float = 0.1,
         variance_floor: float = 0.1,
         bias_correction: bool = True,
@@ -137,13 +141,16 @@ class OnebitLamb(Freezing):
 
     @property
     def kernels(self) -> str:
-        """What makes compressed steps: ``"gpu"``, fused kernels, or ``"torch"``, its operations.
+        """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
 
-        Fused kernels come with those of a `SignCodec` on CUDA devices, with more than one rank, blocks of 1024 and
-        without `local_group`. Between their steps ``state_dict()`` has ``exp_avg`` but ``state`` does not.
+        Fused kernels are for a `SignCodec`, on more than one rank and without `local_group`; steps with a factor r have
+        them on CUDA devices alone, for blocks of 1024. Between their steps ``state_dict()`` has ``exp_avg`` but
+        ``state`` does not. Of several groups the first one with parameters is told of.
         """
-        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        fused = self._step_kernels(device) if self.backend.size > 1 else None
+        group = next((group for group in self.param_groups if group["params"]), None)
+        if group is None or self.backend.size == 1:
+            return "torch"
+        fused = self._kernels_of(group, group["params"][0].device)
         return "torch" if fused is None else fused.name
 
     def lamb_coefficients(self, group: int = 0) -> dict[str, Tensor]:
@@ -188,24 +195,30 @@ class OnebitLamb(Freezing):
         self._renew(reducers)  # whoever goes back to dense steps ends the compressed average that there was
         return _Dense(self, group, reducers)
 
-    def _step_kernels(self, device: torch.device) -> StepKernels | None:
-        return None if self._local_group is not None else lamb_kernels(device, self._codec)
+    def _kernels_of(self, group: Mapping[str, Any], device: torch.device) -> StepKernels | None:
+        """The fused kernels of a group's compressed steps; None: there are none."""
+        kernels = self._step_kernels(device)
+        if kernels is None or not lamb.has_factor(group):
+            return kernels
+        return lamb_kernels(device, self._codec)
 
     def _fused_exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange | None:
         """The compressed step by fused kernels; None: there are none, or nothing to average."""
         known = self._known(group)
-        kernels = self._step_kernels(known.params[0].device) if known.params else None
+        kernels = self._kernels_of(group, known.params[0].device) if known.params else None
         if kernels is None or reducers.backend.size == 1:
+            self._unfuse(group, reducers)
             return None
         gradients = self._gradients(group)
         known.warn_of_others(gradients, reducers)
         _refuse_without_coefficients(known.states, group)
-        fused = self._fused.get(reducers)
-        if fused is None:
+        fused, kind = self._fused.get(reducers), FusedLamb if lamb.has_factor(group) else FusedRates
+        if not isinstance(fused, kind):
+            self._unfuse(group, reducers)
             reduce = self._average_of(reducers, [s["exp_avg_sq"] for s in known.states])
             if not reduce.parts:
                 return None
-            fused = self._fused[reducers] = FusedLamb(kernels, reduce, known, self._layers_of(group))
+            fused = self._fused[reducers] = kind(kernels, reduce, known, self._layers_of(group))
         return fused.exchange(group, known, known.of(gradients))
 
 
@@ -265,29 +278,33 @@ class _Compressed:
         if not self._params:
             return
         group, states, layers = self._group, self._states, self._layers
-        for state in states:
-            if "exp_avg_sq_fresh" not in state:
-                state["exp_avg_sq_fresh"] = state["exp_avg_sq"].clone()
-        momenta, fresh = [s["exp_avg"] for s in states], [s["exp_avg_sq_fresh"] for s in states]
+        rows, momenta = layers.rows(self._known.indices), [s["exp_avg"] for s in states]
         updates = [torch.empty_like(m) for m in momenta]
         self._average.decode(updates)
-        lamb.reconstruct(momenta, updates, fresh, group)
         self._known.count()
+        if lamb.has_factor(group):
+            for state in states:
+                if "exp_avg_sq_fresh" not in state:
+                    state["exp_avg_sq_fresh"] = state["exp_avg_sq"].clone()
+            lamb.reconstruct(momenta, updates, [s["exp_avg_sq_fresh"] for s in states], group)
+        else:
+            lamb.forget_factor(states, layers, rows)
+            torch._foreach_copy_(momenta, updates)
 
         values = fp32_values(self._params, states, group)
         rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
         spread = lamb.spreads([s["exp_avg_sq"] for s in states], roots, group["eps"])
         torch._foreach_div_(updates, spread)
         torch._foreach_mul_(updates, list(rates))
-        ratio = self._largest_ratio(spread)
+        plain = lamb.norms(updates) if lamb.has_factor(group) else None
         if group["weight_decay"]:
-            plain = lamb.norms(updates)
             torch._foreach_add_(updates, values, alpha=group["weight_decay"])
-            ratio = lamb.damped(ratio, plain, lamb.norms(updates))
-        rows = layers.rows(self._known.indices)
         layers.freeze(rows)
-        lamb.move(values, updates, layers.coeff[rows] * layers.factor[rows] * group["lr"])
-        layers.factor[rows] = lamb.limited(ratio, layers.factor[rows], group)
+        rate = layers.coeff[rows] * layers.factor[rows] * group["lr"]
+        if plain is not None:
+            ratio = lamb.damped(self._largest_ratio(spread), plain, lamb.norms(updates))
+            layers.factor[rows] = lamb.limited(ratio, layers.factor[rows], group)
+        lamb.move(values, updates, rate)
         write_back(self._params, values)
 
     def _local_momenta(self, indices: Sequence[int]) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,11 +236,16 @@ def test_a_learning_rate_on_the_device_is_read_there(dtype: torch.dtype) -> None
 # --- the optimizer
 
 FREEZE = 4
+HAS_FACTOR = {"factor_min": 0.5, "factor_max": 4.0}
+NO_FACTOR = {"factor_min": 1.0, "factor_max": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no decay, maximize": {"weight_decay": 0.0, "maximize": True},
     "small buckets, strong decay": {"bucket_mb": 0.005, "weight_decay": 0.5},
     "no bias correction": {"bias_correction": False},
+    "no factor": NO_FACTOR,
+    "no factor, no decay, maximize": {**NO_FACTOR, "weight_decay": 0.0, "maximize": True},
+    "no factor, small buckets, strong decay": {**NO_FACTOR, "bucket_mb": 0.005, "weight_decay": 0.5},
 }
 
 
@@ -260,8 +265,10 @@ def given(params: Sequence[Tensor], rank: int, number: int) -> list[Tensor | Non
 
 
 def optimizer_of(params: Any, backend: Backend, fused: bool = True, **options: Any) -> OnebitLamb:
+    """One with a factor, unless `options` say otherwise."""
     codec = None if fused else SignCodec(kernels="reference")
-    made = OnebitLamb(params, **{"lr": 1e-2, "freeze_step": FREEZE, **options}, backend=backend, codec=codec)
+    usual = {"lr": 1e-2, "freeze_step": FREEZE, **HAS_FACTOR}
+    made = OnebitLamb(params, **{**usual, **options}, backend=backend, codec=codec)
     assert made.kernels == ("gpu" if fused else "torch")
     return made
 
@@ -275,7 +282,7 @@ def test_40_steps_end_where_the_unfused_ones_end(variant: str, world_size: int) 
         for number in range(40):
             step(optimizer, given(params, backend.rank, number))
         saved = optimizer.state_dict()["state"]
-        fresh = [state["exp_avg_sq_fresh"].cpu() for _, state in sorted(saved.items())]
+        fresh = [state["exp_avg_sq_fresh"].cpu() for _, state in sorted(saved.items()) if "exp_avg_sq_fresh" in state]
         told = {name: row.cpu() for name, row in optimizer.lamb_coefficients().items()}
         return [p.detach().cpu() for p in params], fresh, told
 
@@ -298,16 +305,21 @@ def test_40_steps_end_where_the_unfused_ones_end(variant: str, world_size: int) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("master", [False, True], ids=["plain", "masters"])
-def test_replicas_are_bit_equal_and_a_saved_run_goes_on_bit_for_bit(dtype: torch.dtype, master: bool) -> None:
+@pytest.mark.parametrize("has_factor", [True, False], ids=["factor", "no factor"])
+def test_replicas_are_bit_equal_and_a_saved_run_goes_on_bit_for_bit(
+    dtype: torch.dtype, master: bool, has_factor: bool
+) -> None:
+    options = {"master_weights": master, **(HAS_FACTOR if has_factor else NO_FACTOR)}
+
     def train(backend: Backend, stops: Sequence[int]) -> list[Any]:
         params = start(dtype)
-        optimizer = optimizer_of(params, backend, master_weights=master)
+        optimizer = optimizer_of(params, backend, **options)
         seen: list[Any] = []
         for number in range(FREEZE + 6):
             if number in stops:
                 saved = through_a_file(optimizer.state_dict())
                 params = [Parameter(p.detach().clone()) for p in params]
-                optimizer = optimizer_of(params, backend, master_weights=master)
+                optimizer = optimizer_of(params, backend, **options)
                 optimizer.load_state_dict(saved)
             step(optimizer, given(params, backend.rank, number))
             seen.append((contents(optimizer), optimizer.lamb_coefficients()["factor"].tolist()))
@@ -324,7 +336,7 @@ def test_a_step_that_the_device_decides_about_is_the_step_that_the_host_decides_
 ) -> None:
     def train(backend: Backend, settles: bool) -> list[Any]:
         params = start()
-        groups = [{"params": params[:4]}, {"params": params[4:], "lr": 1e-3}]  # a bad number is in one of them
+        groups = [{"params": params[:4], **NO_FACTOR}, {"params": params[4:], "lr": 1e-3}]  # a bad number is in one
         optimizer = optimizer_of(groups, backend)
         seen = []
         for number in range(FREEZE + 8):
@@ -377,10 +389,10 @@ def test_dead_entries_move_by_decay_alone_and_going_back_to_dense_steps_takes_th
 # --- over NCCL
 
 
-def ready(backend: Backend) -> tuple[OnebitLamb, list[Parameter]]:
+def ready(backend: Backend, options: Mapping[str, float]) -> tuple[OnebitLamb, list[Parameter]]:
     """An optimizer of one tensor of many blocks and small ones, two compressed steps after the freeze."""
     params = [Parameter(torch.ones(shape, device=DEVICE)) for shape in [(3 << 20,), (1000, 7), (1,), ()]]
-    optimizer = optimizer_of(params, backend, freeze_step=1)
+    optimizer = optimizer_of(params, backend, freeze_step=1, **options)
     for p in params:
         p.grad = torch.randn(p.shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(backend.rank))
     for _ in range(3):
@@ -394,8 +406,8 @@ def gradient(p: Tensor) -> Tensor:
     return p.grad.view(-1)
 
 
-def check_a_step_waits_for_nothing_good_or_bad(backend: Backend) -> None:
-    optimizer, params = ready(backend)
+def check_a_step_waits_for_nothing_good_or_bad(backend: Backend, options: Mapping[str, float] = HAS_FACTOR) -> None:
+    optimizer, params = ready(backend, options)
     with no_synchronisation():
         for number in range(6):
             gradient(params[0])[77:78].fill_(torch.nan if number in (2, 3) and backend.rank == 0 else 1.0)
@@ -405,9 +417,13 @@ def check_a_step_waits_for_nothing_good_or_bad(backend: Backend) -> None:
     check_replicas(optimizer)
 
 
-def check_its_work_can_be_captured_and_replayed(backend: Backend) -> None:
-    eager, eager_params = ready(backend)
-    optimizer, params = ready(backend)
+def check_a_step_without_a_factor_waits_for_nothing_good_or_bad(backend: Backend) -> None:
+    check_a_step_waits_for_nothing_good_or_bad(backend, NO_FACTOR)
+
+
+def check_its_work_can_be_captured_and_replayed(backend: Backend, options: Mapping[str, float] = HAS_FACTOR) -> None:
+    eager, eager_params = ready(backend, options)
+    optimizer, params = ready(backend, options)
 
     def work() -> None:
         with torch.no_grad():
@@ -434,9 +450,15 @@ def check_its_work_can_be_captured_and_replayed(backend: Backend) -> None:
             assert not wrong, f"after {number} replays {wrong} of {p.numel()} of parameter {i} differ from eager steps"
 
 
+def check_work_without_a_factor_can_be_captured_and_replayed(backend: Backend) -> None:
+    check_its_work_can_be_captured_and_replayed(backend, NO_FACTOR)
+
+
 CHECKS: list[Check] = [
     check_a_step_waits_for_nothing_good_or_bad,
+    check_a_step_without_a_factor_waits_for_nothing_good_or_bad,
     check_its_work_can_be_captured_and_replayed,
+    check_work_without_a_factor_can_be_captured_and_replayed,
 ]
 
 

@@ -12,7 +12,7 @@ v′ the variance of gradients that are reconstructed from the averaged momentum
     v′ <- β₂·v′ + (1 - β₂)·g′²      r′ = max((√v̂_T + ε)/(√v̂′ + ε));  with λ > 0: a = min(1, ‖u₀‖/‖u‖),
     r′ <- r′·a + 1 - a       r <- clip(r′, factor_min, factor_max), then to the last r times 1 ± factor_threshold
 
-The paper uses the r of the step itself; here it is the next step's, which is where onebit departs from it on purpose.
+With both bounds 1 there is no r and no v′. The paper uses the r of the step itself; here it is the next step's, which is where onebit departs from it on purpose.
 An entry with v_T = 0 is dead: it takes no part in C nor in the maximum, and is not moved by m.
 """
 
@@ -41,8 +41,8 @@ class Options:
     max_coeff: float = 10.0
     min_coeff: float = 0.01
     coeff_beta: float = 0.9
-    factor_max: float = 4.0
-    factor_min: float = 0.5
+    factor_max: float = 1.0
+    factor_min: float = 1.0
     factor_threshold: float = 0.1
     variance_floor: float = 0.1
     bias_correction: bool = True
@@ -54,7 +54,7 @@ class OnebitLamb:
 
     Attributes:
         x, m, v: parameters, momentum and variance, the same on every rank.
-        fresh: v′, once there is one.
+        fresh: v′, once there is one; none without a factor.
         coefficients: c in warm-up and c̄ after it, by parameter.
         factors: r of the next step, by parameter.
         steps: how many updates each parameter has had.
@@ -119,19 +119,22 @@ class OnebitLamb:
             averaged = flat.reshape(self.x[i].shape)
             g = (averaged - o.betas[0] * self.m[i]) / (1 - o.betas[0])
             self.m[i] = averaged
-            self.fresh[i] = o.betas[1] * self.fresh[i] + (1 - o.betas[1]) * np.where(self.v[i] == 0, 0.0, g * g)
+            if self.fresh:
+                self.fresh[i] = o.betas[1] * self.fresh[i] + (1 - o.betas[1]) * np.where(self.v[i] == 0, 0.0, g * g)
             self.steps[i] += 1
             u0 = self._direction(i, self._frozen_at[i])
             u = u0 + o.weight_decay * self.x[i]
             self.x[i] = self.x[i] - lr * self.coefficients[i] * self.factors[i] * u
-            self.factors[i] = self._factor(i, _norm(u0), _norm(u))
+            if self.fresh:
+                self.factors[i] = self._factor(i, _norm(u0), _norm(u))
 
     def _freeze(self, used: Sequence[int]) -> None:
         o = self.options
         self._frozen_at = list(self.steps)
         if self._world_size > 1:
             put_floor(self.v, o.variance_floor, self._codec[0])
-        self.fresh = [v.copy() for v in self.v]
+        if not o.factor_min == o.factor_max == 1:
+            self.fresh = [v.copy() for v in self.v]
         self.coefficients = [
             running / (1 - o.coeff_beta**steps) if steps else 1.0
             for running, steps in zip(self._running, self.steps, strict=True)

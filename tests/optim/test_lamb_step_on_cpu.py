@@ -11,7 +11,7 @@ import torch
 
 from onebit.comm import run_threads
 from onebit.compress import SignCodec
-from onebit.optim import OnebitLamb, fused_lamb
+from onebit.optim import OnebitLamb, fused_groups, fused_lamb
 from onebit.optim.gpu import lamb, momentum
 from tests.gpu import test_lamb_step as on_gpu
 from tests.optim import warps_on_cpu
@@ -32,7 +32,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (momentum, lamb):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(fused_lamb, "step_kernels", kernels)
+    for module in (fused_lamb, fused_groups):
+        monkeypatch.setattr(module, "step_kernels", kernels)
     monkeypatch.setattr(on_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(on_gpu, "SIZES", [*on_gpu.SIZES[:4], 9_000])
     monkeypatch.setattr(lamb, "_FAN", 3)  # so that several warps put that together
@@ -57,9 +58,11 @@ def test_40_steps_end_where_the_unfused_ones_end(variant: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("master", [False, True], ids=["plain", "masters"])
-def test_replicas_are_bit_equal_and_a_saved_run_goes_on_bit_for_bit(dtype: torch.dtype, master: bool) -> None:
-    on_gpu.test_replicas_are_bit_equal_and_a_saved_run_goes_on_bit_for_bit(dtype, master)
+@pytest.mark.parametrize(("master", "has_factor"), [(False, True), (True, True), (True, False)])
+def test_replicas_are_bit_equal_and_a_saved_run_goes_on_bit_for_bit(
+    dtype: torch.dtype, master: bool, has_factor: bool
+) -> None:
+    on_gpu.test_replicas_are_bit_equal_and_a_saved_run_goes_on_bit_for_bit(dtype, master, has_factor)
 
 
 def test_the_device_decides_as_the_host_does(monkeypatch: pytest.MonkeyPatch) -> None:

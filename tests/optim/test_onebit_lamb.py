@@ -36,12 +36,22 @@ EVERY = 5  # steps between two looks at the numbers
 LATER = 10_000  # a freeze that does not come
 SOON: dict[str, Any] = {"freeze_step": 4, "lr": 1e-2}
 
+PUBLISHED = {"factor_min": 0.5, "factor_max": 4.0}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {"lr": 1e-2},
-    "bounds that act": {"lr": 3e-2, "max_coeff": 0.3, "min_coeff": 0.1, "coeff_beta": 0.5, "factor_max": 1.1},
-    "no decay": {"lr": 1e-2, "weight_decay": 0.0, "factor_threshold": 0.02},
-    "strong decay, maximize": {"lr": 1e-2, "weight_decay": 0.5, "maximize": True, "betas": (0.8, 0.98)},
-    "no bias correction": {"lr": 1e-3, "bias_correction": False, "factor_min": 0.9},
+    "no factor, strong decay, maximize": {"lr": 1e-2, "weight_decay": 0.5, "maximize": True, "betas": (0.8, 0.98)},
+    "published factor": {**PUBLISHED, "lr": 1e-2},
+    "bounds that act": {
+        **{"lr": 3e-2, "max_coeff": 0.3, "min_coeff": 0.1, "coeff_beta": 0.5},
+        **{"factor_min": 0.5, "factor_max": 1.1},
+    },
+    "no decay": {**PUBLISHED, "lr": 1e-2, "weight_decay": 0.0, "factor_threshold": 0.02},
+    "strong decay, maximize": {
+        **PUBLISHED,
+        **{"lr": 1e-2, "weight_decay": 0.5, "maximize": True, "betas": (0.8, 0.98)},
+    },
+    "no bias correction": {"lr": 1e-3, "bias_correction": False, "factor_min": 0.9, "factor_max": 4.0},
 }
 
 
@@ -98,7 +108,8 @@ def sizeable() -> list[Parameter]:
 def numbers(optimizer: OnebitLamb) -> dict[str, list[Any]]:
     """What the oracle has, too."""
     params = optimizer.param_groups[0]["params"]
-    states = [optimizer.state[p] for p in params]
+    saved = optimizer.state_dict()["state"]
+    states = [saved[i] for i in range(len(params))]
     moments = {key: arrays([s[key] for s in states if key in s]) for key in ("exp_avg", "exp_avg_sq")}
     fresh = arrays([s["exp_avg_sq_fresh"] for s in states if "exp_avg_sq_fresh" in s])
     told = {name: row.double().tolist() for name, row in optimizer.lamb_coefficients().items()}
@@ -155,9 +166,9 @@ def test_100_steps_of_warm_up_are_lamb_by_definition(
             assert now["factor"] == [1.0] * len(SHAPES)
 
 
-CASES = [("defaults", n, SignCodec()) for n in (1, 2, 3, 4)]
+CASES = [(variant, n, SignCodec()) for variant in ("defaults", "published factor") for n in (1, 2, 3, 4)]
 CASES += [(variant, 2, SignCodec(block_size=64)) for variant in VARIANTS]
-CASES += [("no decay", 3, SignCodec(block_size=None, scale="rms"))]
+CASES += [(variant, 3, SignCodec(block_size=None, scale="rms")) for variant in ("defaults", "no decay")]
 
 
 @pytest.mark.parametrize(("variant", "world_size", "codec"), CASES, ids=str)
@@ -193,8 +204,9 @@ def test_200_steps_through_the_freeze_follow_the_float64_oracle(
             assert np.all(np.abs(np.subtract(now["coeff"], expected.coefficients)) <= slack), where
             # r goes with √v′ of a single entry.
             assert now["factor"] == pytest.approx(expected.factors, rel=1e-3), where
-    assert len(factors) > 100
-    assert per_rank[0][-1]["fresh"]
+    has_factor = "factor_max" in options
+    assert len(factors) > 100 if has_factor else factors == {1.0}
+    assert bool(per_rank[0][-1]["fresh"]) == has_factor
 
 
 # --- the same on all ranks, whatever surrounds a parameter
@@ -206,30 +218,32 @@ def mixed(indices: Sequence[int] = range(len(SHAPES))) -> list[Parameter]:
     return [Parameter(parameters()[i].detach().to(dtypes[i % 4])) for i in indices]
 
 
-@pytest.mark.parametrize("master", [False, True], ids=["plain", "masters"])
+@pytest.mark.parametrize("options", [{"master_weights": True}, PUBLISHED, {**PUBLISHED, "master_weights": True}, {}])
 @pytest.mark.parametrize("given", [gradients, patchy])
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_everything_is_bit_equal_on_all_ranks_after_every_step(
-    world_size: int, given: Callable[..., Gradients], master: bool
+    world_size: int, given: Callable[..., Gradients], options: dict[str, Any]
 ) -> None:
-    options = {**SOON, "master_weights": master}
+    options = {**SOON, **options}
     first, *others = of_threads(world_size, 12, everything, given=given, start=mixed, **options)
     for seen in others:
         assert seen == first
     assert len({repr(state) for state in first}) == 12
 
 
+@pytest.mark.parametrize("factor", [{}, PUBLISHED], ids=["no factor", "factor"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_bucket_size_and_order_of_registration_change_no_bit(world_size: int) -> None:
+def test_bucket_size_and_order_of_registration_change_no_bit(world_size: int, factor: dict[str, float]) -> None:
     order = [5, 0, 6, 3, 2, 1, 4]
 
     def permuted(params: Sequence[Tensor], rank: int, number: int) -> Gradients:
         made = gradients(mixed(), rank, number)
         return [made[i] for i in order]
 
-    usual = of_threads(world_size, 10, contents, start=mixed, **SOON)
+    options = {**SOON, **factor}
+    usual = of_threads(world_size, 10, contents, start=mixed, **options)
     otherwise = of_threads(
-        world_size, 10, contents, given=permuted, start=lambda: mixed(order), bucket_mb=2.0**-13, **SOON
+        world_size, 10, contents, given=permuted, start=lambda: mixed(order), bucket_mb=2.0**-13, **options
     )
     for one, other in zip(usual, otherwise, strict=True):
         for now, then in zip(one, other, strict=True):
@@ -241,13 +255,14 @@ def test_strides_of_parameters_change_no_bit() -> None:
         return [Parameter(p.detach().contiguous()) for p in parameters()]
 
     assert not all(p.is_contiguous() for p in parameters())
-    assert of_threads(2, 8, contents, **SOON) == of_threads(2, 8, contents, start=in_rows, **SOON)
+    for options in (SOON, {**SOON, **PUBLISHED}):
+        assert of_threads(2, 8, contents, **options) == of_threads(2, 8, contents, start=in_rows, **options)
 
 
 def test_groups_do_what_each_would_do_alone() -> None:
     settings: list[dict[str, Any]] = [
         {"freeze_step": 2, "lr": 1e-2},
-        {"freeze_step": 5, "max_coeff": 0.2, "weight_decay": 0.3},
+        {"freeze_step": 5, "max_coeff": 0.2, "weight_decay": 0.3, **PUBLISHED},
         {"freeze_step": 2, "compress": False},
     ]
     bounds = [slice(0, 3), slice(3, 5), slice(5, 7)]
@@ -298,7 +313,10 @@ def test_the_momentum_of_a_tensor_scaled_before_and_after_the_average_is_the_sam
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_dead_entries_stay_as_they_are_and_the_living_do_not_notice(world_size: int, weight_decay: float) -> None:
+@pytest.mark.parametrize("factor", [{}, PUBLISHED], ids=["no factor", "factor"])
+def test_dead_entries_stay_as_they_are_and_the_living_do_not_notice(
+    world_size: int, weight_decay: float, factor: dict[str, float]
+) -> None:
     # The dead lie where they share no block with the living, and are 0, so that norms and scales do not tell either.
     def whole() -> list[Parameter]:
         x = values(0, shape=(2048,))
@@ -313,20 +331,23 @@ def test_dead_entries_stay_as_they_are_and_the_living_do_not_notice(world_size: 
         g[:1024] = 100.0**-number * values(number, rank, shape=(1024,))  # so that the ratio of the living is below 1
         return [g]
 
-    options = {"freeze_step": 3, "lr": 1e-2, "weight_decay": weight_decay}
+    options = {"freeze_step": 3, "lr": 1e-2, "weight_decay": weight_decay, **factor}
 
     def seen(optimizer: OnebitLamb) -> Any:
         p = optimizer.param_groups[0]["params"][0]
         assert not p.detach()[1024:].any()
-        assert not optimizer.state[p]["exp_avg"][1024:].any()
+        assert not optimizer.state_dict()["state"][0]["exp_avg"][1024:].any()
         return bits([p.detach()[:1024]]), bits(list(optimizer.lamb_coefficients().values()))
 
     expected = of_threads(world_size, 40, seen, given=living, start=half, **options)
     assert of_threads(world_size, 40, seen, given=living, start=whole, **options) == expected
 
 
+@pytest.mark.parametrize("factor", [{}, PUBLISHED], ids=["no factor", "factor"])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_frozen_unused_empty_and_zero_tensors_and_zero_gradients_are_safe(world_size: int) -> None:
+def test_frozen_unused_empty_and_zero_tensors_and_zero_gradients_are_safe(
+    world_size: int, factor: dict[str, float]
+) -> None:
     def special() -> list[Parameter]:
         made = [values(0, shape=(40,)), torch.zeros(30), values(2, shape=(20,)), values(3, shape=(9,)), torch.empty(0)]
         return [Parameter(x, requires_grad=i != 3) for i, x in enumerate(made)]
@@ -348,7 +369,7 @@ def test_frozen_unused_empty_and_zero_tensors_and_zero_gradients_are_safe(world_
         assert all(bool(row.isfinite().all()) for row in told.values())
         return contents(optimizer)
 
-    options = {"freeze_step": 3, "lr": 0.1, "weight_decay": 0.0}
+    options = {"freeze_step": 3, "lr": 0.1, "weight_decay": 0.0, **factor}
     first, *others = of_threads(world_size, 12, seen, given=given, start=special, **options)
     assert all(other == first for other in others)
     assert first[-1][1] != bits(torch.zeros(30)), "a tensor that starts at 0 learns"
@@ -374,7 +395,8 @@ def test_a_group_without_parameters_or_without_gradients_does_nothing() -> None:
 def test_a_bad_step_changes_nothing_in_either_phase(world_size: int, bad: float) -> None:
     def spoil(backend: Backend) -> None:
         params = parameters()
-        optimizer = OnebitLamb(params, backend=backend, **SOON)
+        groups = [{"params": params[:4]}, {"params": params[4:], **PUBLISHED}]
+        optimizer = OnebitLamb(groups, backend=backend, **SOON)
         for number in range(10):
             before = everything(optimizer)
             spoiled = gradients(params, backend.rank, number)
@@ -403,7 +425,8 @@ def test_a_run_resumed_after_any_step_is_bit_equal_to_one_without_a_break(
     def resume(backend: Backend) -> None:
         def make() -> tuple[OnebitLamb, list[Parameter]]:
             params = parameters(dtype=dtype)
-            groups = [{"params": params[:4], "freeze_step": 2, "lr": 1e-2}, {"params": params[4:], "freeze_step": 5}]
+            first = {"params": params[:4], "freeze_step": 2, "lr": 1e-2, **PUBLISHED}
+            groups = [first, {"params": params[4:], "freeze_step": 5}]
             return OnebitLamb(groups, freeze_step=99, backend=backend, master_weights=master), params
 
         optimizer, params = make()
@@ -424,6 +447,27 @@ def test_a_run_resumed_after_any_step_is_bit_equal_to_one_without_a_break(
                 assert (contents(resumed), feedback(resumed)) == expected[number]  # type: ignore[arg-type]
 
     run_threads(world_size, resume)
+
+
+def test_a_factor_that_is_asked_for_later_starts_at_1_and_one_that_is_given_up_is_forgotten() -> None:
+    def train_on(backend: Backend) -> None:
+        params = parameters()
+        optimizer = OnebitLamb(params, backend=backend, **SOON)
+        [group] = optimizer.param_groups
+        for number in range(16):
+            if number == 8:
+                group.update(PUBLISHED)
+            if number == 12:
+                group.update(factor_min=1.0, factor_max=1.0)
+            step(optimizer, gradients(params, backend.rank, number))
+            factors = set(optimizer.lamb_coefficients()["factor"].tolist())
+            has_factor = 8 <= number < 12
+            assert (factors != {1.0}) == has_factor
+            assert any("exp_avg_sq_fresh" in state for state in optimizer.state.values()) == has_factor
+            assert max(factors) <= 1.1 ** max(0, number - 7) * (1 + 1e-6)
+
+    for world_size in (1, 2):
+        run_threads(world_size, train_on)
 
 
 def test_a_run_that_adamw_began_goes_on_in_warm_up_and_is_refused_after_the_freeze() -> None:
@@ -489,7 +533,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"eps": 0.0}, "eps must be more than 0"),
     ({"max_coeff": -1.0}, "max_coeff must be a number of at least 0"),
     ({"min_coeff": 0.5, "max_coeff": 0.3}, r"min_coeff=0\.5 must be at most max_coeff=0\.3"),
-    ({"factor_min": 5.0}, r"factor_min=5\.0 must be at most factor_max=4\.0"),
+    ({"factor_min": 5.0}, r"factor_min=5\.0 must be at most factor_max=1\.0"),
     ({"coeff_beta": 1.0}, "coeff_beta must be less than 1"),
     ({"factor_threshold": 1.5}, "factor_threshold must be less than 1"),
     ({"factor_max": math.nan}, "factor_max must be a number of at least 0"),
