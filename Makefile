@@ -101,7 +101,7 @@ bench-nccl: setup ## the same over NCCL, on NP GPUs
 .PHONY: bench-net
 bench-net: setup ## averages between HOSTS network namespaces of LOCAL ranks, over links of RATE with a DELAY; needs root
 	$(BIN)/python -m onebit.benchmarks.net --rate $(RATE) --hosts $(HOSTS) $(if $(LOCAL),--local $(LOCAL)) \
-		$(if $(DELAY),--delay $(DELAY)) --plot
+		$(if $(DELAY),--delay $(DELAY)) $(if $(CASES),--cases $(CASES)) --plot
 
 .PHONY: bench-train
 bench-train: setup ## train a transformer by AdamW and by 1-bit optimizers, HOSTS namespaces, links of RATE; SHORT=6: time steps only

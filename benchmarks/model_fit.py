@@ -51,8 +51,9 @@ def is_loopback(result: Document) -> bool:
 
 
 def is_shaped(result: Document) -> bool:
-    """Whether the model is held against it: averages over links of a rate that is known, and without a delay."""
-    return RATE.search(result["run"].get("link", "")) is not None and bool(_rows(result))
+    """Whether the model is held against it: averages over a link of known rate per rank, without a delay."""
+    run = result["run"]
+    return RATE.search(run.get("link", "")) is not None and run.get("local", 1) == 1 and bool(_rows(result))
 
 
 def points(result: Document) -> list[Point]:

@@ -22,6 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_argument("--rate", default="1gbit", help="speed of the link, as tc writes it: 100mbit, 1gbit, 10gbit")
     flags.add_argument("--hosts", type=int, default=2, help="how many; more than two are joined by a switch")
     flags.add_argument("--local", type=int, default=1, help="ranks on each host; with more, averages on two levels too")
+    flags.add_argument(
+        "--cases", default="collectives", help="which averages, by name or family, as the driver takes them"
+    )
     flags.add_argument("--delay", help="what packets are held back for, as tc writes it: 5ms (needs the queue netem)")
     flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON result")
     flags.add_argument(
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: measured and right; 1: a rank failed or elements are wrong; 69: a tool is missing; 77: not allowed here."""
     options = _parser().parse_args(arguments)
     wanted = [
-        "--cases=collectives",
+        f"--cases={options.cases}",
         f"--name={_name(options)}",
         f"--link={_link(options)}",
         f"--output={options.output}",

@@ -55,6 +55,8 @@ class CompressedAllreduce(Planned):
         backend: the resolved Backend.
         residual: the error feedback; with `local_group` that of this rank's slice between nodes.
         levels: with `local_group` the groups inside and between nodes, each with its own `traffic`; else None.
+        local_transport: what fp32 travels by inside a node: ``"shared memory"`` where its ranks can map the same, else
+            the name of the backend; None on one level.
         modes: ``"compressed"`` or ``"plain"`` for each bucket, the same on every rank.
         stats: bytes and times so far.
 
@@ -175,7 +177,7 @@ class CompressedAllreduce(Planned):
         self.stats.dense_bytes += fp32_bytes(self._numel, self.backend.size)
         work._in_line = not overlap and len(self._buckets) == 1
         if send:
-            work._send_all()
+            work._send_all(wait=not overlap)
 
     def _undo_flight(self) -> None:
         """A stage has failed: put back the error feedback of what was not averaged."""
@@ -253,7 +255,7 @@ class CompressedWork:
     def forget(self, index: int) -> None:
         """What this part has encoded has been overwritten since: an undoing makes its error feedback 0.
 
-        With `local_group` the node's mean was encoded, which is still there, and all is put back.
+        With `local_group` the node's mean was encoded; if that is kept, as where a backend brings it, all is put back.
         """
         self._lost.add(index)
 
@@ -365,9 +367,12 @@ class CompressedWork:
             bucket.undo_reduce(keep=finite)
         self.accept()
 
-    def _send_all(self) -> None:
+    def _send_all(self, wait: bool) -> None:
+        """Send what was not yet; `wait`: pass each inside its node while the next is there, which waits for others."""
         for index in sorted(self._to_send):
             self._send(index, self._in_line)
+            if wait and index:
+                self._buckets[index - 1].send_on(self._stages)
 
     def _send(self, index: int, in_line: bool) -> None:
         """Phase 1 of a part up to the transport."""
@@ -379,7 +384,7 @@ class CompressedWork:
             bucket.exchange(in_line)
 
     def _reduce(self) -> None:
-        self._send_all()
+        self._send_all(wait=True)
         for index in sorted(self._to_pass_on):
             self._buckets[index].send_on(self._stages)
         for index in sorted(self._to_pass_on):
@@ -399,9 +404,9 @@ class CompressedWork:
     def _put_back(self, undo_encode: Callable[[Part], None] | None) -> None:
         """Undo what is encoded; the worker's side only if it is known how."""
         for index, bucket in enumerate(self._buckets):
-            residual = bucket.part.residual
-            if bucket.encoded and index in self._lost and residual is not None:
-                residual.zero_()
+            lost = index in self._lost and not bucket.part.keeps_encoded
+            if bucket.encoded and lost:
+                bucket.part.forget()
             elif bucket.encoded and undo_encode is not None:
                 undo_encode(bucket.part)
             if bucket.encoded:

@@ -122,12 +122,14 @@ class Backend(ABC):
         name: ``"gloo"``, ``"nccl"``, ``"mpi"``, ``"threads"`` or ``"single"``.
         rank, size: this rank's number in the group and the number of ranks.
         device_type: the one type of device whose tensors it carries, ``"cpu"`` or ``"cuda"``; None: several.
+        in_processes: its ranks are processes, of which those of one machine may share memory.
         timeout: seconds that a collective may take before `TransportError`.
         traffic: what this rank has sent.
     """
 
     name: str
     device_type: str | None
+    in_processes: bool = False
 
     def __init__(self, rank: int, size: int, timeout: float | None = None) -> None:
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):

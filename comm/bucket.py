@@ -27,6 +27,7 @@ class Bucket:
         worker: (layout.padded_numel,) fp32, updated in place; None: no error is kept.
         server: (layout.chunk_numel,) fp32, updated in place; None: no error is kept.
         device: where the tensors are.
+        gathered: (ranks · payload_bytes,) uint8, what phase 2 brings; None: a new buffer.
 
     Attributes:
         part: what others see of it.
@@ -47,12 +48,15 @@ class Bucket:
         worker: Tensor | None,
         server: Tensor | None,
         device: torch.device,
+        gathered: Tensor | None = None,
     ) -> None:
         self._operators = operators
         self._rank = backend.rank
         self.server = server
         ranks, size = backend.size, layout.payload_bytes
-        sent, self._received, gathered = torch.zeros(3, ranks * size, dtype=torch.uint8, device=device)
+        sent, self._received = torch.zeros(2, ranks * size, dtype=torch.uint8, device=device)
+        if gathered is None:
+            gathered = torch.zeros_like(sent)
         self.payloads = self._received.view(ranks, size)
         self.mine = torch.zeros(size, dtype=torch.uint8, device=device)
         self._all_to_all = backend.prepare_all_to_all(self._received, sent)

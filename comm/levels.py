@@ -35,11 +35,17 @@ class Levels:
         """Whether there is more than one node, so that something is compressed."""
         return self.between.size > 1
 
-    def slice_of(self, layout: Layout) -> Layout:
-        """The k-th of a layout with n chunks that this rank's number looks after, with a chunk for every node."""
+    def slice_of(self, layout: Layout, number: int | None = None) -> Layout:
+        """The k-th of a layout with n chunks that one of a node's ranks looks after, with a chunk for every node.
+
+        Args:
+            layout: of what all ranks average.
+            number: which rank of the node; None: this one.
+        """
         nodes = self.between.size
         slices = replace(layout, chunks=self.inside.size, chunk_blocks=nodes * layout.chunk_blocks)
-        return replace(layout, chunks=nodes, segments=tuple(slices.chunk_segments(self.inside.rank)))
+        segments = slices.chunk_segments(self.inside.rank if number is None else number)
+        return replace(layout, chunks=nodes, segments=tuple(segments))
 
 
 def find_levels(

@@ -68,6 +68,7 @@ class MpiBackend(Backend):
 
     name = "mpi"
     device_type = None
+    in_processes = True
 
     def __init__(self, communicator: Any = None, timeout: float | None = None) -> None:
         self._mpi = load_mpi()

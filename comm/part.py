@@ -37,6 +37,11 @@ class Part:
     gathered: Tensor
     squared: bool
 
+    @property
+    def keeps_encoded(self) -> bool:
+        """Whether what was encoded is kept here, so that undoing it needs nothing of the caller's."""
+        return False
+
     def encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Fill `sent` from the whole list of tensors, row-major, and update `residual`."""
         if self.layout.segments:  # else it is padding, of which nothing is said
@@ -59,6 +64,11 @@ class Part:
         said = self.said(operators)
         # A block that said NaN left its residual as it was.
         self.residual.copy_(torch.where(said.isnan(), self.residual, (self.residual + said) - given))
+
+    def forget(self) -> None:
+        """Make the error feedback 0: what it was before `encode` cannot be worked out any more."""
+        if self.residual is not None:
+            self.residual.zero_()
 
     def said(self, operators: Operators) -> Tensor:
         """Return what `sent` decodes to, flat fp32 in block order; padding and masked elements are 0."""

@@ -16,6 +16,7 @@ from onebit.comm.bucket_size import bucket_mb_for
 from onebit.comm.levels import LocalGroup, find_levels
 from onebit.comm.plain import PlainBucket
 from onebit.comm.residual import Place, Residual
+from onebit.comm.shared_node import make_nodes
 from onebit.comm.stats import Stats
 from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, as_list, resolve
 from onebit.comm.two_level import TwoLevelBucket
@@ -34,6 +35,8 @@ class Planned:
         backend: the resolved Backend.
         codec: what goes on the wire.
         levels: the ranks of this node and those between nodes; None where all ranks are one level.
+        local_transport: what numbers travel by inside a node, ``"shared memory"`` or the name of a backend; None where
+            nothing is averaged on two levels.
         residual: the error feedback.
         modes: ``"compressed"`` or ``"plain"`` for each bucket, the same on every rank.
         stats: bytes and times so far.
@@ -79,6 +82,7 @@ class Planned:
         numels = [layout.numel for layout in layouts]
         self.modes: Sequence[BucketMode] = choose(mode, numels, self.backend, self._device, self.codec)
         self.residual.bind(place)
+        self.local_transport: str | None = None
         self._buckets = self._make_buckets(layouts)
         self._masks: Sequence[Tensor] | None = None
         self._staging: dict[int, Tensor] = {}
@@ -139,15 +143,17 @@ class Planned:
             return [PlainBucket(operators, layout, self.backend, None, None, device) for layout in layouts]
         residuals = self.residual.per_bucket()
         if self.levels is not None:
-            pairs = zip(layouts, residuals, strict=True)
+            nodes = make_nodes([layout.of_used_tensors()[0] for layout in layouts], self.levels, device)
+            self.local_transport = nodes[0].transport if nodes else None
+            parts = zip(layouts, nodes, residuals, strict=True)
             return [
-                TwoLevelBucket(operators, layout, self.levels, worker, server, device)
-                for layout, (worker, server) in pairs
+                TwoLevelBucket(operators, layout, self.levels, node, worker, server, device)
+                for layout, node, (worker, server) in parts
             ]
         kinds = [PlainBucket if mode == "plain" else Bucket for mode in self.modes]
-        parts = zip(kinds, layouts, residuals, strict=True)
+        flat = zip(kinds, layouts, residuals, strict=True)
         return [
-            kind(operators, layout, self.backend, worker, server, device) for kind, layout, (worker, server) in parts
+            kind(operators, layout, self.backend, worker, server, device) for kind, layout, (worker, server) in flat
         ]
 
     def _rows(self, tensors: Sequence[Tensor], copy: bool) -> list[Tensor]:

@@ -55,6 +55,8 @@ class TorchBackend(Backend):
         BackendError: torch.distributed is not initialised, or this rank is no member of the group.
     """
 
+    in_processes = True
+
     def __init__(
         self, group: dist.ProcessGroup | None = None, device_type: str = "cpu", timeout: float | None = None
     ) -> None:

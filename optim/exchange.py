@@ -84,18 +84,26 @@ class CompressedSending:
         work: `CompressedAllreduce.start_with`, told to send nothing yet.
         parts: of that average.
         indices: in the group, of the parameters that are averaged.
+        copied: what is encoded is not what may be overwritten, but a copy.
     """
 
     late: Sequence[int] = ()
 
-    def __init__(self, work: CompressedWork, parts: Sequence[Part], indices: Sequence[int]) -> None:
+    def __init__(
+        self, work: CompressedWork, parts: Sequence[Part], indices: Sequence[int], copied: bool = False
+    ) -> None:
         self._parts = parts
         self._indices = indices
         self.send = work.send
         self.spoil = work.spoil
         self.pass_on = work.pass_on
-        self.forget = work.forget
+        self._forget = None if copied else work.forget
         self.finish = work.finish
+
+    def forget(self, bucket: int) -> None:
+        """As of `Sending`."""
+        if self._forget is not None:
+            self._forget(bucket)
 
     @property
     def buckets(self) -> Sequence[Sequence[int]]:

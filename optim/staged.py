@@ -35,7 +35,7 @@ class StagedAverage:
         self._make = make
         self._to_make = set(range(len(self._local)))
         self._work = self._start(reduce)
-        self.sending = CompressedSending(self._work, reduce.parts, indices)
+        self.sending = CompressedSending(self._work, reduce.parts, indices, copied=True)
 
     def all_finite(self) -> Tensor:
         """As of `CompressedWork`."""

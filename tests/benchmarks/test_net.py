@@ -116,10 +116,15 @@ def test_several_ranks_on_a_host_are_told_in_the_result_and_to_the_driver(
     tool("tc", "exit 0")
     tool("ip", "exit 0")
     monkeypatch.setattr(net, "launch", lambda hosts, wanted: launched.append((len(hosts), list(wanted))))
-    assert net.main(["--local=2", "--hosts=3"]) == 0
+    assert net.main(["--local=2", "--hosts=3", "--cases=compressed,two-level"]) == 0
     [(ranks, wanted)] = launched
     assert ranks == 6
-    said = {"--local=2", "--name=net-1gbit-3-hosts-2-ranks-each", "--link=3 namespaces of 2 ranks, 1gbit"}
+    said = {
+        "--cases=compressed,two-level",
+        "--local=2",
+        "--name=net-1gbit-3-hosts-2-ranks-each",
+        "--link=3 namespaces of 2 ranks, 1gbit",
+    }
     assert said <= set(wanted)
 
 

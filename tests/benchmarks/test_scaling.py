@@ -101,6 +101,9 @@ def test_the_model_errs_nowhere_on_shaped_links_that_follow_it() -> None:
 
 def test_results_with_a_delay_or_of_other_runs_are_left_out() -> None:
     assert not is_shaped(measured(2, HOST, link="2 namespaces, 1gbit, 5ms"))
+    shared = measured(4, HOST, link="2 namespaces of 2 ranks, 1gbit")
+    shared["run"]["local"] = 2
+    assert not is_shaped(shared)
     other = copy.deepcopy(measured(2, HOST))
     other["rows"] = [{"cache": "empty"}]
     assert not is_loopback(other)

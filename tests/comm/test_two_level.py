@@ -25,6 +25,7 @@ from onebit.comm import (
     make_backend,
     run_threads,
 )
+from onebit.comm.threads_backend import ThreadsBackend
 from onebit.compress import Int8Codec, SignCodec
 from tests.comm import oracle
 from tests.comm.launcher import needs_mpi, run_ranks
@@ -43,14 +44,24 @@ from tests.comm.samples import (
 )
 
 CALLS = 4
+SHARED = "shared memory"
 CODEC = SignCodec(block_size=64)
 Seen = tuple[list[list[Tensor]], list[dict[str, Any]]]
 BY_SHAPE = [(4, 2), (6, 2), (6, 3), (8, 4)]  # ranks, ranks of a node
 
 
-def two_levels(backend: Backend, local_group: int, bucket_mb: float = 16.0, codec: Any = CODEC) -> Seen:
+@pytest.fixture(params=[SHARED, "threads"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What carries numbers inside a node of threads: their backend; or memory, as if they were processes."""
+    name: str = request.param
+    monkeypatch.setattr(ThreadsBackend, "in_processes", name == SHARED)
+    return name
+
+
+def two_levels(backend: Backend, local_group: int, bucket_mb: float, expected: str) -> Seen:
     """What one rank gets and keeps, call after call."""
-    reduce = CompressedAllreduce(samples(0, 0), backend, codec, local_group=local_group, bucket_mb=bucket_mb)
+    reduce = CompressedAllreduce(samples(0, 0), backend, CODEC, local_group=local_group, bucket_mb=bucket_mb)
+    assert reduce.local_transport == expected
     outputs, states = [], []
     for call in range(CALLS):
         tensors = samples(backend.rank, call)
@@ -95,8 +106,10 @@ def assert_follows_the_oracle(per_rank: list[Seen], k: int) -> None:
 
 @pytest.mark.parametrize("bucket_mb", [16.0, SMALL_BUCKET])
 @pytest.mark.parametrize(("world_size", "k"), BY_SHAPE)
-def test_it_follows_the_float64_oracle_of_a_flat_average_over_nodes(world_size: int, k: int, bucket_mb: float) -> None:
-    per_rank = run_threads(world_size, two_levels, k, bucket_mb)
+def test_it_follows_the_float64_oracle_of_a_flat_average_over_nodes(
+    world_size: int, k: int, bucket_mb: float, transport: str
+) -> None:
+    per_rank = run_threads(world_size, two_levels, k, bucket_mb, transport)
     assert_follows_the_oracle(per_rank, k)
     for outputs, _ in per_rank[1:]:
         assert list(map(bits, outputs)) == list(map(bits, per_rank[0][0]))
@@ -106,14 +119,16 @@ MPI = pytest.param("mpi", 4, 2, marks=[pytest.mark.mpi, needs_mpi])
 
 
 @pytest.mark.parametrize(("kind", "world_size", "k"), [("gloo", 4, 2), ("gloo", 6, 3), MPI])
-def test_processes_get_the_same_bits_as_threads(kind: str, world_size: int, k: int) -> None:
-    threads = run_threads(world_size, two_levels, k, SMALL_BUCKET)
-    for seen, expected in zip(run_ranks(kind, world_size, two_levels, k, SMALL_BUCKET), threads, strict=True):
+def test_processes_that_share_memory_get_the_same_bits_as_threads_that_do_not(
+    kind: str, world_size: int, k: int
+) -> None:
+    threads = run_threads(world_size, two_levels, k, SMALL_BUCKET, "threads")
+    for seen, expected in zip(run_ranks(kind, world_size, two_levels, k, SMALL_BUCKET, SHARED), threads, strict=True):
         assert list(map(bits, seen[0])) == list(map(bits, expected[0]))
         assert state_bits(seen[1]) == state_bits(expected[1])
 
 
-def test_it_is_the_flat_average_of_node_means_bit_for_bit_with_other_codecs_and_masks() -> None:
+def test_it_is_the_flat_average_of_node_means_bit_for_bit_with_other_codecs_and_masks(transport: str) -> None:
     masks = [torch.rand(3000, generator=torch.Generator().manual_seed(5)) < 0.3]
 
     def average(backend: Backend, codec: Any, k: int) -> list[Any]:
@@ -129,11 +144,16 @@ def test_it_is_the_flat_average_of_node_means_bit_for_bit_with_other_codecs_and_
             seen.append(bits(x))
         return seen
 
-    for codec in (SignCodec(), Int8Codec(block_size=64), Int8Codec(error_feedback=False)):
+    for codec in (
+        SignCodec(),
+        SignCodec(kernels="reference"),
+        Int8Codec(block_size=64),
+        Int8Codec(error_feedback=False),
+    ):
         assert run_threads(4, average, codec, 2) == run_threads(2, average, codec, 1) * 2
 
 
-def test_fewer_blocks_than_ranks_and_lists_without_elements() -> None:
+def test_fewer_blocks_than_ranks_and_lists_without_elements(transport: str) -> None:
     def average(backend: Backend, like: list[Tensor], codec: Any) -> None:
         reduce = CompressedAllreduce(like, backend, codec, local_group=2)
         for _ in range(2):
@@ -170,7 +190,7 @@ def test_one_rank_a_node_is_the_flat_average_and_one_node_the_exact_mean() -> No
     assert run_threads(1, average, 1)[0][0] == bits(normal(0))
 
 
-def test_a_tensor_that_fills_its_bucket_is_sent_as_it_lies_and_not_kept() -> None:
+def test_a_tensor_that_fills_its_bucket_is_sent_as_it_lies_and_not_kept(transport: str) -> None:
     def average(backend: Backend) -> bool:
         numel = 4 * 64 * 5  # blocks for every rank
         whole, pieces = (CompressedAllreduce(like, backend, CODEC, local_group=2) for like in shapes(numel))
@@ -193,26 +213,27 @@ def test_a_tensor_that_fills_its_bucket_is_sent_as_it_lies_and_not_kept() -> Non
     assert run_threads(4, average) == [True] * 4
 
 
-def test_every_rank_keeps_and_sends_between_nodes_a_kth() -> None:
+def test_every_rank_keeps_and_sends_between_nodes_a_kth(transport: str) -> None:
     def average(backend: Backend) -> None:
         numel = 1 << 16
         reduce = CompressedAllreduce(torch.zeros(numel), backend, local_group=2)
         assert reduce.levels is not None
+        reduce.levels.inside.traffic.reset()
         reduce(normal(backend.rank, numel=numel))
         assert sum(part.numel() for part in reduce.residual.worker) == numel // 2
         assert sum(part.numel() for part in reduce.residual.server) == numel // 4
         quarter = numel // 4 // 8 + numel // 4 // 1024 * 4  # a payload: bits and scales
         between, inside = reduce.levels.between.traffic, reduce.levels.inside.traffic
         assert between.wire_bytes == 2 * quarter
-        assert inside.wire_bytes - reduce.stats.local_bytes == 0
-        assert reduce.stats.local_bytes == numel // 2 * 4 + 2 * quarter
+        # Through memory each of the two exchanges tells the other rank by a byte.
+        assert reduce.stats.local_bytes == (2 if transport == SHARED else numel // 2 * 4 + 2 * quarter)
         assert reduce.stats.wire_bytes == between.wire_bytes + inside.wire_bytes
         assert reduce.stats.collectives == 4
 
     run_threads(4, average)
 
 
-def test_a_number_that_is_not_finite_makes_all_ranks_see_nan_and_undo_puts_feedback_back() -> None:
+def test_a_number_that_is_not_finite_makes_all_ranks_see_nan_and_undo_puts_feedback_back(transport: str) -> None:
     def average(backend: Backend, bucket_mb: float) -> None:
         reduce = CompressedAllreduce(torch.zeros(3000), backend, CODEC, local_group=2, bucket_mb=bucket_mb)
         for call in range(2):
@@ -237,7 +258,7 @@ def test_a_number_that_is_not_finite_makes_all_ranks_see_nan_and_undo_puts_feedb
         run_threads(4, average, bucket_mb)
 
 
-def test_spoiled_and_staged_parts_work_as_on_one_level() -> None:
+def test_spoiled_and_staged_parts_work_as_on_one_level(transport: str) -> None:
     def average(backend: Backend) -> None:
         reduce = CompressedAllreduce(torch.zeros(3000), backend, CODEC, local_group=2, bucket_mb=SMALL_BUCKET)
         x, expected = normal(backend.rank), normal(backend.rank)
@@ -270,7 +291,9 @@ def test_spoiled_and_staged_parts_work_as_on_one_level() -> None:
     run_threads(4, average)
 
 
-def test_what_was_encoded_is_undone_though_what_was_given_is_overwritten() -> None:
+def test_feedback_of_what_is_overwritten_is_put_back_from_a_mean_that_is_kept_and_else_forgotten(
+    transport: str,
+) -> None:
     def average(backend: Backend) -> None:
         reduce = CompressedAllreduce(torch.zeros(3000), backend, CODEC, local_group=2)
         reduce(normal(backend.rank, 0))
@@ -283,14 +306,16 @@ def test_what_was_encoded_is_undone_though_what_was_given_is_overwritten() -> No
         work.finish()
         work.undo()
         after = reduce.state_dict()
-        for side in ("worker", "server"):  # the node's mean was encoded, and is kept; rounded as above
+        if transport == SHARED:  # the mean that was encoded was never written
+            before["worker"].zero_()
+        for side in ("worker", "server"):  # rounded as above
             torch.testing.assert_close(after[side], before[side], rtol=0, atol=4 * 8 * oracle.UNIT)
 
     run_threads(4, average)
 
 
 @pytest.mark.parametrize("lost", [1, 3])
-def test_a_lost_rank_is_an_error_on_all_others_that_leaves_feedback_as_before(lost: int) -> None:
+def test_a_lost_rank_is_an_error_on_all_others_that_leaves_feedback_as_before(lost: int, transport: str) -> None:
     def lose(backend: Backend) -> None:
         reduce = CompressedAllreduce(torch.zeros(3000), backend, CODEC, local_group=2, bucket_mb=SMALL_BUCKET)
         reduce(normal(backend.rank))
