@@ -33,6 +33,8 @@ from tests.comm.fsdp_runs import (
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import arrays, bits, state_bits, worker_parts
 
+pytestmark = pytest.mark.slow
+
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of compress_gradients, and of the run
     "1 bit": ({}, {}),
