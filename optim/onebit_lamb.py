@@ -207,7 +207,10 @@ class OnebitLamb(Freezing):
         known = self._known(group)
         kernels = self._kernels_of(group, known.params[0].device) if known.params else None
         if kernels is None or reducers.backend.size == 1:
-            self._unfuse(group, reducers)
+            if reducers in self._fused:  # the group has been given a factor
+                self._unfuse(group, reducers)
+                del self._fused[reducers]
+                self._layers_of(group).dead = dead_masks([s["exp_avg_sq"] for s in known.states])
             return None
         gradients = self._gradients(group)
         known.warn_of_others(gradients, reducers)
