@@ -1,9 +1,10 @@
 """Moves bytes between ranks: transports, and the compressed average written once over them."""
 
 from onebit.comm.agreement import agree
-from onebit.comm.allreduce import CompressedAllreduce, CompressedWork, compressed_allreduce
+from onebit.comm.allreduce import CompressedAllreduce, compressed_allreduce
 from onebit.comm.backend import Backend, Traffic, Work
 from onebit.comm.broadcast import broadcast
+from onebit.comm.compressed_work import CompressedWork
 from onebit.comm.dense import DenseAllreduce, DenseWork
 from onebit.comm.errors import BackendError, MismatchError, TransportError
 from onebit.comm.part import Part

@@ -11,8 +11,9 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from onebit.comm.allreduce import CompressedAllreduce, CompressedWork
+from onebit.comm.allreduce import CompressedAllreduce
 from onebit.comm.bucket_size import bucket_mb_for
+from onebit.comm.compressed_work import CompressedWork
 from onebit.comm.registry import make_backend
 from onebit.comm.residual import Residual
 from onebit.comm.stats import Stats
