@@ -7,9 +7,9 @@ not finite; public names get arguments that they must refuse; four processes mak
 anything was lost: a hang, ranks with different bits, a checkpoint that does not load, an error that is not documented,
 memory that grows. `make torture` runs it.
 
-The result is written again after each part, so a campaign that is cut off keeps what it has. A campaign of some parts
-alone is named after them, and so replaces no other. On 16 cores this one takes some three minutes, on 2 a quarter of an
-hour; each core makes about 150 wrong calls a second, and a step of 4 ranks takes 5 ms of each of their cores:
+The result is written again after each part, and each optimizer's soak, so a campaign that is cut off keeps what it has. A
+campaign of some parts alone is named after them, and so replaces no other. A core makes about 150 wrong calls a second; a
+step of 4 ranks takes up to 3 ms of each of their cores, and three optimizers are soaked side by side from 12 jobs on:
 
     python -m tests.faults.campaign --strikes 0 --injections 0 --wrong-calls 10000 --soak 20000 --jobs 16 \
         --output benchmarks/results
@@ -43,7 +43,7 @@ SOAK_RANKS = 4
 JOBS = max(len(os.sched_getaffinity(0)) // 4, 1)  # two ranks wait for each other, their launcher for both
 
 
-def _strikes(options: argparse.Namespace) -> list[Row]:
+def _strikes(options: argparse.Namespace) -> Iterator[list[Row]]:
     kinds = options.backends.split(",")
     if "mpi" in kinds and (mpiexec() is None or find_spec("mpi4py") is None):
         console.say("there is no mpi4py or no mpiexec here: nothing is struck over MPI", stderr=True)
@@ -67,32 +67,37 @@ def _strikes(options: argparse.Namespace) -> list[Row]:
             )
             for tallies in struck:
                 tell(f"{sum(tally.wrong for tally in tallies.values())} wrong")
-    return [
+    yield [
         {"campaign": "strikes", "backend": kind, "optimizer": name, "fault": fault, **tally.row(), "said": tally.said}
         for (kind, name, fault), tally in sorted(tallies.items())
     ]
 
 
-def _bad_numbers(options: argparse.Namespace) -> list[Row]:
+def _bad_numbers(options: argparse.Namespace) -> Iterator[list[Row]]:
     total = Tally()
     for tally in _shared_out(spoiled, options.injections, options):
         total.take_in(tally)
-    return [{"campaign": "bad numbers", "backend": "threads", **total.row(), "said": total.said}]
+    yield [{"campaign": "bad numbers", "backend": "threads", **total.row(), "said": total.said}]
 
 
-def _wrong_calls(options: argparse.Namespace) -> list[Row]:
+def _wrong_calls(options: argparse.Namespace) -> Iterator[list[Row]]:
     total = Answers()
     for tally in _shared_out(wrong_calls, options.wrong_calls, options):
         total.take_in(tally)
-    return [{"campaign": "wrong calls", "backend": "threads", **total.row()}]
+    yield [{"campaign": "wrong calls", "backend": "threads", **total.row()}]
 
 
-def _soak(options: argparse.Namespace) -> list[Row]:
+def _soak(options: argparse.Namespace) -> Iterator[list[Row]]:
+    rows: list[Row] = []
     with crew(max(options.jobs // SOAK_RANKS, 1)) as workers:
-        return list(workers.map(soak_all, MAKERS, [SOAK_RANKS] * len(MAKERS), [options.soak] * len(MAKERS)))
+        made = [workers.submit(soak_all, name, SOAK_RANKS, options.soak) for name in MAKERS]
+        for one in as_completed(made):
+            rows.append(one.result())
+            yield rows
 
 
-PARTS: Mapping[str, Callable[[argparse.Namespace], list[Row]]] = {  # by the option that says how much of it
+# By the option that says how much of it: what yields the rows that there are so far.
+PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[list[Row]]]] = {
     "strikes": _strikes,
     "injections": _bad_numbers,
     "wrong_calls": _wrong_calls,
@@ -148,10 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {name: value for name, value in vars(options).items() if name not in ("backends", "output")}
     rows: list[Row] = []
     for part in asked:
-        rows += PARTS[part](options)
-        result = record.make(name, {"backend": options.backends, "link": "this machine", **settings}, rows)
-        if options.output:
-            console.say(f"JSON after {part}: {record.save(result, options.output)}")
+        before = rows
+        for made in PARTS[part](options):
+            rows = [*before, *made]
+            result = record.make(name, {"backend": options.backends, "link": "this machine", **settings}, rows)
+            if options.output:
+                console.say(f"JSON with {part}: {record.save(result, options.output)}")
     _show(rows)
     for row in rows:
         for said in row["said"]:

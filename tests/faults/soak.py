@@ -56,7 +56,7 @@ class Endured:
 
 def soak(backend: Backend, name: str, steps: int) -> Endured:
     """Make so many compressed steps. For `run_ranks`."""
-    optimizer = make(name, backend)
+    optimizer = make(name, backend, bucket_mb=None)  # one bucket for each group: ranks wait less for each other
     params, noise, seen = all_params(optimizer), torch.Generator().manual_seed(backend.rank), Endured()
     for number in range(WARM_UP + steps):
         for p in params:

@@ -103,7 +103,8 @@ def make(name: str, backend: Backend, **options: Any) -> CompressedOptimizer:
     params = [Parameter(values(i, shape=shape)) for i, shape in enumerate(SHAPES)]
     split = len(params) // 2
     groups = [{"params": params[:split]}, {"params": params[split:], "lr": 3e-3}]
-    optimizer: CompressedOptimizer = MAKERS[name](groups, lr=1e-2, bucket_mb=BUCKET_MB, backend=backend, **options)
+    options = {"bucket_mb": BUCKET_MB, **options}
+    optimizer: CompressedOptimizer = MAKERS[name](groups, lr=1e-2, backend=backend, **options)
     return optimizer
 
 
