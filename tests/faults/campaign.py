@@ -7,9 +7,9 @@ not finite; public names get arguments that they must refuse; four processes mak
 anything was lost: a hang, ranks with different bits, a checkpoint that does not load, an error that is not documented,
 memory that grows. `make torture` runs it.
 
-The result is written again after each part, and each optimizer's soak, so a campaign that is cut off keeps what it has. A
-campaign of some parts alone is named after them, and so replaces no other. A core makes about 150 wrong calls a second; a
-step of 4 ranks takes up to 3 ms of each of their cores, and three optimizers are soaked side by side from 12 jobs on:
+The result is written again after each part, and each optimizer's soak, so a campaign that is cut off keeps what it has.
+A campaign of some parts alone is named after them, and so replaces no other. A core makes about 150 wrong calls a
+second; a step of 4 ranks takes up to 3 ms of each of their cores; from 12 jobs on three optimizers soak side by side:
 
     python -m tests.faults.campaign --strikes 0 --injections 0 --wrong-calls 10000 --soak 20000 --jobs 16 \
         --output benchmarks/results
