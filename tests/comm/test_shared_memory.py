@@ -23,7 +23,7 @@ from tests.comm import oracle
 from tests.comm.launcher import SURVIVING, mpi_survives, needs_mpi, run_ranks
 from tests.comm.samples import SMALL_BUCKET, bits, normal
 
-TIMEOUT = 2.0
+TIMEOUT = 1.0
 LATE = 15.0  # seconds that a busy machine may take to notice that it is over
 NUMEL = 5000
 
@@ -134,7 +134,7 @@ REFUSALS: list[tuple[Callable[[Backend], None], set[int], set[int], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("refuse", "sharing", "saying", "why"), REFUSALS)
+@pytest.mark.parametrize(("refuse", "sharing", "saying", "why"), REFUSALS, ids=[case[0].__name__ for case in REFUSALS])
 def test_a_node_that_cannot_share_averages_through_its_transport_with_the_same_bits_and_says_so_once(
     refuse: Callable[[Backend], None], sharing: set[int], saying: set[int], why: str
 ) -> None:
