@@ -45,6 +45,8 @@ class SharedNode(Node):
     keeps_mean = False
 
     def __init__(self, layout: Layout, levels: Levels, numbers: Tensor, gathered: Tensor, mine: Tensor) -> None:
+        from onebit.compress.cpu.stream import copier  # Numba is imported where it is first used
+
         inside = levels.inside
         rank, ranks = inside.rank, inside.size
         tell = inside.prepare_all_to_all(*torch.zeros(2, ranks, dtype=torch.uint8))
@@ -69,13 +71,14 @@ class SharedNode(Node):
         self._segments = own.segments
         self._spans = [own.residual_span(s) for s in own.segments]
         self._mine = [mine[span] for span in self._spans]
+        self._write = copier(4 * self._given[0].numel())
         self._to_give, self._to_read = 0, 1
         self._tensors: Sequence[Tensor] | None = None
 
     def give(self, tensors: Sequence[Tensor]) -> None:
         self._check_sound()
         for s, place in self._to_others[self._to_give]:
-            place.copy_(tensors[s.tensor].view(-1)[s.offset : s.offset + s.numel])
+            self._write(place, tensors[s.tensor].view(-1)[s.offset : s.offset + s.numel])
         self._tensors = tensors
         self.filled = True
 

@@ -171,6 +171,13 @@ def test_two_averages_at_once_do_not_mix(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("like_processes")
+def test_numbers_that_go_past_the_cache_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run_threads(4, average_in_all_ways)
+    monkeypatch.setattr("onebit.compress.cpu.stream.STREAM_BYTES", 0)
+    assert run_threads(4, average_in_all_ways) == expected
+
+
+@pytest.mark.usefixtures("like_processes")
 def test_a_rank_that_takes_its_step_back_late_still_has_what_others_gave() -> None:
     gone_on = threading.Event()
 
