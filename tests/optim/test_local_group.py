@@ -13,6 +13,7 @@ from torch import Tensor
 from onebit.comm import Backend, InputError, MismatchError, run_threads
 from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam
 from onebit.optim.elastic import reshard
+from tests.comm.launcher import run_ranks
 from tests.comm.samples import bits, normal
 
 STEPS = 6
@@ -78,6 +79,14 @@ def test_resumed_and_overlapped_runs_are_the_same_bit_for_bit(name: str) -> None
     straight = run_threads(4, lambda backend: train(backend, name, local_group=2))
     assert run_threads(4, lambda backend: train(backend, name, resumed=True, local_group=2)) == straight
     assert run_threads(4, lambda backend: train(backend, name, overlap=True, local_group=2)) == straight
+
+
+def train_all(backend: Backend) -> list[list[bytes]]:
+    return [train(backend, name, overlap=overlap, local_group=2) for name in MAKERS for overlap in (False, True)]
+
+
+def test_processes_which_share_memory_make_the_steps_of_threads_bit_for_bit() -> None:
+    assert run_ranks("gloo", 4, train_all) == run_threads(4, train_all)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
