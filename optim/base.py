@@ -145,6 +145,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         hook = [] if self.averager is None else [self.averager.stats]
         return Stats.total([*(part for reducers in self._reducers for part in reducers.stats()), *hook])
 
+    @property
+    def local_transport(self) -> str | None:
+        """What numbers travel by inside a node, as of `onebit.comm.CompressedAllreduce`; None before they have."""
+        return next((found for found in (reducers.local_transport for reducers in self._reducers) if found), None)
+
     def averages_next_step(self) -> bool:
         """Whether the next step is made of the exact mean gradient in all groups: a function of options and progress.
 

@@ -175,6 +175,11 @@ class GroupReducers:
         """Those of the compressed average; none before it is made, and with one rank."""
         return () if self._compressed is None else self._compressed.parts
 
+    @property
+    def local_transport(self) -> str | None:
+        """As of the compressed average; None before it is made."""
+        return None if self._compressed is None else self._compressed.local_transport
+
     def remask(self, masks: Sequence[Tensor] | None) -> None:
         """Tell the compressed average, where it was made already, what takes no part from now on."""
         if self._compressed is not None:

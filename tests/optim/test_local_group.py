@@ -59,7 +59,10 @@ def train(backend: Backend, name: str, resumed: bool = False, nodes: bool = Fals
     assert optimizer.skipped_steps == 0
     if "local_group" in options:
         assert optimizer.kernels == "torch"
-        assert (optimizer.stats.local_bytes > 0) == (options["local_group"] < backend.size)
+        nodes = options["local_group"] < backend.size
+        assert (optimizer.stats.local_bytes > 0) == nodes
+        shared = "shared memory" if backend.in_processes else backend.name
+        assert optimizer.local_transport == (shared if nodes else None)
     return bits(params)
 
 
