@@ -47,6 +47,7 @@ class VarianceExchange:
         )
 
     def all_finite(self) -> Tensor:
+        """As of `Exchange`."""
         return self._gradients.all_finite()
 
     def undo(self) -> None:
@@ -54,6 +55,7 @@ class VarianceExchange:
         self._gradients.cancel()
 
     def commit(self) -> None:
+        """As of `Exchange`."""
         optimizer, group, mean = self._optimizer, self._group, self._gradients
         params = [p for p, present in zip(group["params"], mean.present, strict=True) if present]
         if not params:
@@ -98,6 +100,7 @@ class LocalExchange:
         """Nothing was changed."""
 
     def commit(self) -> None:
+        """As of `Exchange`."""
         if not self._params:
             return
         group, states, reach = self._group, self._states, self._reach
@@ -148,6 +151,7 @@ class FusedLocalExchange:
         """Nothing was changed."""
 
     def commit(self) -> None:
+        """As of `Exchange`."""
         kept = self._optimizer._locals
         if self._reducers not in kept:
             kept[self._reducers] = FusedLocal(self._kernel, self._known.params)
@@ -179,12 +183,15 @@ class SyncExchange:
         self.sending = self._average.sending
 
     def all_finite(self) -> Tensor:
+        """As of `Exchange`."""
         return self._average.all_finite()
 
     def undo(self) -> None:
+        """As of `Exchange`."""
         self._average.undo()
 
     def commit(self) -> None:
+        """As of `Exchange`."""
         if not self._params:
             return
         group, states = self._group, self._states
