@@ -65,7 +65,7 @@ class Planned:
         refusal = _refusal(self.backend.rank, mode, self.codec)
         self.levels = find_levels(self.backend, local_group, subject, refusal)
         self._device = tensors[0].device if tensors else torch.device("cpu")
-        layouts = self._plan(tensors, max(int(bucket_mb * 2**20) // 4, 1))
+        layouts = self._plan(tensors, bucket_mb)
         place = self._place(tensors, layouts)
         options = {
             "codec": self.codec,
@@ -111,14 +111,13 @@ class Planned:
         """Take over the error feedback of the same rank and world size; see `Residual.load_state_dict`."""
         self.residual.load_state_dict(state)
 
-    def _plan(self, tensors: Sequence[Tensor], bucket_numel: int) -> Sequence[Layout]:
+    def _plan(self, tensors: Sequence[Tensor], bucket_mb: float) -> Sequence[Layout]:
         """How these tensors are laid out in buckets, with a chunk for every rank; with one rank in none."""
         layouts: list[Layout] = []
         dtypes = sorted({t.dtype for t in tensors}, key=str) if self.backend.size > 1 else []
         for dtype in dtypes:  # a bucket holds one dtype; the other tensors count as empty
             numels = [t.numel() if t.dtype == dtype else 0 for t in tensors]
-            planned = self.codec.plan(numels, self.backend.size, bucket_numel)
-            layouts += [layout for layout in planned if layout.blocks]
+            layouts += plan_buckets(self.codec, numels, self.backend.size, bucket_mb)
         return layouts
 
     def _place(self, tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> Place:
@@ -172,6 +171,12 @@ class Planned:
         if self._masks is None:
             return tensors
         return [t.masked_fill(mask, 0.0) for t, mask in zip(tensors, self._masks, strict=True)]
+
+
+def plan_buckets(codec: Codec, numels: Sequence[int], ranks: int, bucket_mb: float) -> list[Layout]:
+    """The buckets of tensors of one dtype with so many elements, with a chunk for every rank; none that is empty."""
+    planned = codec.plan(list(numels), ranks, max(int(bucket_mb * 2**20) // 4, 1))
+    return [layout for layout in planned if layout.blocks]
 
 
 def _refusal(rank: int, mode: Mode, codec: Codec) -> InputError | None:

@@ -14,12 +14,12 @@ from torch import Tensor
 from onebit.comm import Backend, Residual, Stats, agree, make_backend
 from onebit.comm.bucket_size import STEP_BUCKET_MB, bucket_mb_for
 from onebit.comm.ddp import AveragingHook, unattached
-from onebit.comm.levels import LocalGroup
+from onebit.comm.levels import Levels, LocalGroup, find_levels
 from onebit.compress import Codec, InputError
 from onebit.optim import copying
 from onebit.optim.codecs import codec_of_momenta
 from onebit.optim.common_facts import common_facts
-from onebit.optim.exchange import DeviceExchange, Exchange, GroupReducers, StagedExchange
+from onebit.optim.exchange import DeviceExchange, DraftedExchange, Exchange, GroupReducers, StagedExchange
 from onebit.optim.loading import check_state
 from onebit.optim.loss_scale import unscaled
 from onebit.optim.metrics import Metrics, metrics
@@ -78,6 +78,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
     # Options of a group that tell how far it has come, with their start; a state of torch's own Adam lacks them.
     _progress: ClassVar[Mapping[str, Any]] = {"step": 0}
 
+    # Whether a rank holds a slice of what a state has in its parameter's shape; see `onebit.optim.sharding`.
+    _shard = False
+
     # Keys of a parameter's state beside Adam's; see `onebit.optim.state_keys`.
     _own_keys: ClassVar[frozenset[str]] = frozenset()
 
@@ -103,6 +106,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._bucket_mb = None if bucket_mb is None else bucket_mb_for([], bucket_mb)
         self._codec = codec_of_momenta(type(self).__name__, codec)
         self._local_group = local_group
+        self._levels: Levels | None = None
         # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process
         # group is often made after the optimizer.
         self._spec = backend
@@ -269,6 +273,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 flags = [exchange.all_finite() for exchange in exchanges]
                 settling = _settling(exchanges, flags) if on_device else []
                 made = not settling and all(bool(flag) for flag in flags)
+                for exchange in exchanges if made else ():
+                    if isinstance(exchange, DraftedExchange):
+                        exchange.draft()
             self.backend.check()
         except BaseException:  # an interrupt too, so that whoever handles it can save a whole state
             for exchange in exchanges:
@@ -490,8 +497,28 @@ class CompressedOptimizer(torch.optim.Optimizer):
             refusal = refused_devices(self) or unattached(self) or refusal
             facts = common_facts(self) if self.backend.size > 1 and refusal is None else {}
             agree(self.backend, f"{type(self).__name__}.step", facts, refusal)
+            self._settle_slices()
             take_over(self)
         self._agreed = True
+
+    def _settle_slices(self) -> None:
+        """What ranks that hold slices of the state settle, after they have agreed about the rest; collective."""
+
+    def _nodes(self) -> Levels | None:
+        """The levels of `local_group`; None: there is one. Collective the first time, where there are two."""
+        if self._levels is None and self._local_group is not None and self.backend.size > 1:
+            self._levels = find_levels(self.backend, self._local_group, type(self).__name__)
+        return self._levels
+
+    def _place(self) -> tuple[int, int]:
+        """Whose error feedback this rank has, and of how many: its own, or that of its node; collective as `_nodes`."""
+        levels = self._nodes()
+        return (self.backend.rank, self.backend.size) if levels is None else (levels.between.rank, levels.between.size)
+
+    def _takes(self, state: Mapping[str, Any]) -> bool:
+        """Whether what this rank saved, of as many ranks, is what it goes on from; collective as `_nodes`."""
+        place = self._place()
+        return all((one["rank"], one["world_size"]) == place for one in state[EXTRA]["residuals"] if len(one) > 1)
 
     def _check_loaded_options(self, group: Mapping[str, Any]) -> None:
         """Options of torch's own optimizers may be there and do not act, but those that change what is computed."""

@@ -18,6 +18,7 @@ def common_facts(optimizer: CompressedOptimizer) -> dict[str, str]:
     """Options, and the forms and values of all parameters, each with what a message calls it."""
     facts = {"the codec": str(optimizer._codec), "bucket_mb": str(optimizer._bucket_size())}
     facts.update({"local_group": local_group_fact(optimizer._local_group)})
+    facts.update({"shard": str(optimizer._shard)})
     facts.update({"check_every": str(optimizer._check_every), "overlap": str(optimizer._overlap is not None)})
     for g, group in enumerate(optimizer.param_groups):
         facts[f"the number of parameters of group {g}"] = str(len(group["params"]))

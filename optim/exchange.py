@@ -40,6 +40,14 @@ class DeviceExchange(Exchange, Protocol):
         """
 
 
+@runtime_checkable
+class DraftedExchange(Exchange, Protocol):
+    """An exchange whose step needs the ranks once more, before anything is changed and when it is sure to be made."""
+
+    def draft(self) -> None:
+        """Make the step beside what there is; then `commit` or, if that of another group fails, `undo`."""
+
+
 class Sending(Protocol):
     """What one exchange sends, bucket by bucket, with the gradients that each needs.
 
@@ -194,6 +202,10 @@ class GroupReducers:
         """True the first time it is called: some things are said once per group."""
         first, self._warned = not self._warned, True
         return first
+
+    def count(self, stats: Stats) -> None:
+        """Have these counts among those of the group."""
+        self._stats.append(stats)
 
     def stats(self) -> Sequence[Stats]:
         """The counts of all averages made so far, those that are not in use any more included."""

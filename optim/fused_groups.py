@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -111,11 +111,19 @@ class FusedGroups(CompressedOptimizer):
             known = self._known(group)
             fused.release(known.params, known.states)
 
-    def _average_of(self, reducers: GroupReducers, variances: Sequence[Tensor]) -> CompressedAllreduce:
-        """The compressed average of tensors like `variances`, without what is dead; it keeps a bit of each entry."""
-        reduce = reducers.compressed(variances, lambda: dead_masks(variances))
+    def _average_of(
+        self, reducers: GroupReducers, like: Sequence[Tensor], dead: Callable[[], list[Tensor] | None] | None = None
+    ) -> CompressedAllreduce:
+        """The compressed average of tensors such as `like`, without what is dead; it keeps a bit of each entry.
+
+        Args:
+            like: the variances; or, if `dead` is given, tensors of their shapes.
+            dead: tells the masks of `dead_masks`; None: that of `like`.
+        """
+        masks = (lambda: dead_masks(like)) if dead is None else dead
+        reduce = reducers.compressed(like, masks)
         if reducers not in self._told:
-            reducers.remask(dead_masks(variances))
+            reducers.remask(masks())
             self._told.add(reducers)
         return reduce
 

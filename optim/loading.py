@@ -11,6 +11,7 @@ from torch import Tensor
 from onebit.comm import Residual
 from onebit.compress import InputError
 from onebit.optim.local_steps import RATE, START
+from onebit.optim.merging import slice_sizes
 from onebit.optim.state_keys import (
     ADAM,
     COUNTS,
@@ -24,6 +25,7 @@ from onebit.optim.state_keys import (
     SCALARS,
     SHAPED,
     SKIPPED_STEPS,
+    SLICES,
     STEP,
     VARIANCE_STEP,
     VERSION,
@@ -50,16 +52,26 @@ def check_state(
     """
     _refuse_deepspeed(owner, state_dict)
     extra = state_dict.get(EXTRA) if isinstance(state_dict, Mapping) else None
+    slices = extra.get(SLICES) if isinstance(extra, Mapping) else None
     version = extra.get(VERSION) if isinstance(extra, Mapping) else FORMAT
     if type(version) is not int or version != FORMAT:
         raise InputError(f"{owner} state has version {FORMAT}, got {version!r}")
     _check_groups(owner, state_dict, [group["params"] for group in groups])
     numels = []
+    held = None
+    if slices is not None:
+        saved_groups = state_dict["param_groups"]
+        pairs = [
+            zip(saved["params"], group["params"], strict=True)
+            for saved, group in zip(saved_groups, groups, strict=True)
+        ]
+        held = slice_sizes(slices, [{i: p.numel() for i, p in pair if state_dict["state"].get(i)} for pair in pairs])
     for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
         check_options({**group, **saved})  # first, as an option that does not exist has a reason to tell
         entries = [state_dict["state"].get(index, {}) for index in saved["params"]]
         for index, entry, p in zip(saved["params"], entries, group["params"], strict=True):
-            _check_parameter(owner, index, entry, p, own_keys)
+            shape = p.shape if held is None else torch.Size([held.get(index, 0)])
+            _check_parameter(owner, index, entry, shape, own_keys)
         _check_progress(owner, g, saved, entries)
         numels.append([p.numel() for p, entry in zip(group["params"], entries, strict=True) if entry])
     if extra is not None:
@@ -114,13 +126,13 @@ def _check_groups(owner: str, state_dict: Any, params: Sequence[Sequence[Tensor]
         raise InputError(f"{owner}: the state to load has entries {unknown[:5]}, which are of no parameter; {REMEDY}")
 
 
-def _check_parameter(owner: str, index: int, entry: Any, p: Tensor, own_keys: Collection[str]) -> None:
+def _check_parameter(owner: str, index: int, entry: Any, shape: torch.Size, own_keys: Collection[str]) -> None:
     """Raise InputError unless this can be the state of a parameter.
 
     Args:
         owner, index: the optimizer and the parameter's number, for messages.
         entry: anything.
-        p: the parameter.
+        shape: of the parameter, or of this rank's slice of it.
         own_keys: what this optimizer keeps beside Adam's state.
     """
     where = f"{owner}: the state to load of parameter {index}"
@@ -144,8 +156,8 @@ def _check_parameter(owner: str, index: int, entry: Any, p: Tensor, own_keys: Co
             fits = type(value) is float and 0 <= value < float("inf")
             expected = "a finite float of at least 0"
         elif key in SHAPED:
-            fits = _is_plain(value) and value.shape == p.shape
-            expected = f"floating point numbers of shape {tuple(p.shape)}"
+            fits = _is_plain(value) and value.shape == shape
+            expected = f"floating point numbers of shape {tuple(shape)}"
         else:
             fits = _is_plain(value) and value.numel() == 1 and (key not in COUNTS or 0 <= float(value) < float("inf"))
             expected = "a tensor of one number" + (" of at least 0" if key in COUNTS else "")
@@ -188,7 +200,7 @@ def _check_extra(owner: str, extra: Any, numels: Sequence[Sequence[int]]) -> Non
         extra: anything.
         numels: per group the sizes of the parameters that have a state, whose average the error feedback belongs to.
     """
-    known = {VERSION, SKIPPED_STEPS, LEFT_OUT_STEPS, RESIDUALS}
+    known = {VERSION, SKIPPED_STEPS, LEFT_OUT_STEPS, RESIDUALS, SLICES}
     if not isinstance(extra, Mapping) or not {VERSION, SKIPPED_STEPS, RESIDUALS} <= extra.keys() <= known:
         raise InputError(f"{owner}: the state to load lacks, or has more than, {', '.join(sorted(known))}; {REMEDY}")
     for key in (SKIPPED_STEPS, LEFT_OUT_STEPS):

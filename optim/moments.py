@@ -37,7 +37,11 @@ def dead_masks(variances: Sequence[Tensor]) -> list[Tensor] | None:
 
     Waits for the device.
     """
-    masks = [v == 0 for v in variances]
+    return masks_if_any([v == 0 for v in variances])
+
+
+def masks_if_any(masks: list[Tensor]) -> list[Tensor] | None:
+    """These bool tensors; None: they are all False. Waits for the device."""
     filled = [mask.any() for mask in masks if mask.numel()]
     return masks if filled and bool(torch.stack(filled).any()) else None
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
 
 from onebit.comm.levels import LocalGroup
 from onebit.compress import Codec
+from onebit.optim.adam_steps import dense_step, move, take_in
 from onebit.optim.dense import MeanGradients
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import frozen_since
-from onebit.optim.freezing import Freezing
-from onebit.optim.master import fp32_values, write_back
-from onebit.optim.moments import adam_state, corrections, decay, local_momenta, wanted
+from onebit.optim.master import fp32_values
+from onebit.optim.moments import adam_state, local_momenta
 from onebit.optim.options import check_count, check_flags
+from onebit.optim.sharding import Sharding
+from onebit.optim.sliced_steps import SlicedCompressed, SlicedDense, SlicedRefresh
 from onebit.optim.staged import StagedAverage
 from onebit.optim.state_keys import EXTRA
 from onebit.optim.warmup import WarmupStep
 
 
-class OnebitAdam(Freezing):
+class OnebitAdam(Sharding):
     """Adam or AdamW whose ranks exchange about one bit per parameter after a warm-up.
 
     Steps 1 to `freeze_step` are `torch.optim.AdamW` (or Adam) on the mean gradient, which is averaged in fp32. Then the
@@ -62,6 +61,9 @@ class OnebitAdam(Freezing):
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire after warm-up.
         local_group: as for `onebit.comm.CompressedAllreduce`; compressed steps are then made by torch's operations.
+        shard: with `local_group`, every rank of a node holds the moments, masters and error feedback of a slice of the
+            parameters alone, updates that slice and gets the others from the ranks of its node; the steps are the same
+            bit for bit. See `onebit.optim.sharding`.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
         overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in
@@ -92,6 +94,7 @@ class OnebitAdam(Freezing):
         backend: object = None,
         codec: Codec | None = None,
         local_group: LocalGroup = None,
+        shard: bool = False,
         check_every: int | None = None,
         overlap: bool = False,
         **unsupported: NoReturn,
@@ -118,6 +121,7 @@ class OnebitAdam(Freezing):
             backend=backend,
             codec=codec,
             local_group=local_group,
+            shard=shard,
             check_every=check_every,
             overlap=overlap,
         )
@@ -141,6 +145,9 @@ class OnebitAdam(Freezing):
 
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
         phase = self._planned(group, group["step"])
+        slices = self._slices_of(reducers)
+        if phase == "compressed" and slices is not None:
+            return SlicedCompressed(self, group, reducers, slices)
         if phase == "compressed":
             frozen = _Frozen(self, group, reducers)
             fused = self._fused_step(group, reducers, frozen.known, frozen.own_gradients)
@@ -148,9 +155,9 @@ class OnebitAdam(Freezing):
         self._unfuse(group, reducers)
         self._forget_dead(reducers)
         if phase == "refresh":
-            return _Refresh(self, group, reducers)
+            return _Refresh(self, group, reducers) if slices is None else SlicedRefresh(self, group, reducers, slices)
         self._renew(reducers)  # whoever goes back to dense steps ends the compressed average that there was
-        return _Dense(self, group, reducers)
+        return _Dense(self, group, reducers) if slices is None else SlicedDense(self, group, reducers, slices)
 
 
 class _Dense(WarmupStep):
@@ -161,32 +168,7 @@ class _Dense(WarmupStep):
         params = [group["params"][i] for i in used]
         states = [adam_state(self._optimizer.state, p) for p in params]
         means = [self._mean.means[i] for i in used]
-        if any(s["step"] != s["variance_step"] for s in states):  # it was frozen for a while; torch knows one count
-            _take_in(group, params, states, means, [1] * len(states))
-            _move(group, params, states)
-            return
-        values = fp32_values(params, states, group)
-        steps = [s["step"] for s in states]
-        counted = steps if group["bias_correction"] else [torch.full_like(s, torch.inf) for s in steps]
-        (adamw if group["adamw_mode"] else adam)(
-            values,
-            means,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            counted,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
-        if counted is not steps:
-            torch._foreach_add_(steps, 1.0)
-        torch._foreach_copy_([s["variance_step"] for s in states], steps)
-        write_back(params, values)
+        dense_step(group, params, states, means)
 
 
 class _Frozen:
@@ -221,7 +203,7 @@ class _Frozen:
 
     def update(self) -> None:
         if self.params:
-            _move(self.group, self.params, self.states)
+            move(self.group, self.params, self.states)
 
 
 class _Compressed:
@@ -278,37 +260,6 @@ class _Refresh:
         known, every = optimizer._known(group), group["variance_refresh"]
         if known.params:
             ages = [every * mean.present[i] for i in known.indices]
-            _take_in(group, known.params, known.states, [mean.means[i] for i in known.indices], ages)
-            _move(group, known.params, known.states)
+            take_in(group, known.params, known.states, [mean.means[i] for i in known.indices], ages)
+            move(group, known.params, known.states)
         optimizer._raise_variances(group)
-
-
-States = Sequence[dict[str, Any]]
-
-
-def _take_in(
-    group: Mapping[str, Any], params: Sequence[Tensor], states: States, means: list[Tensor], ages: list[int]
-) -> None:
-    """m <- β₁·m + (1-β₁)·g and v <- β₂ᵏ·v + (1-β₂ᵏ)·g², for mean gradients that stand for k steps, `ages`."""
-    beta1, beta2 = group["betas"]
-    gradients = wanted(means, fp32_values(params, states, group), group)
-    for g, state, age in zip(gradients, states, ages, strict=True):
-        kept = beta2**age
-        state["exp_avg"].lerp_(g, 1 - beta1)
-        if age:
-            state["exp_avg_sq"].mul_(kept).addcmul_(g, g, value=1 - kept)
-            state["variance_step"] += age
-
-
-def _move(group: Mapping[str, Any], params: Sequence[Tensor], states: States) -> None:
-    """x <- x - lr·λ·x - lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵀ)) + ε), with the m and v that there are now."""
-    values = fp32_values(params, states, group)
-    torch._foreach_add_([s["step"] for s in states], 1.0)
-    decay(values, group)
-    rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
-    spread = torch._foreach_sqrt([s["exp_avg_sq"] for s in states])
-    torch._foreach_div_(spread, list(roots))
-    torch._foreach_add_(spread, group["eps"])
-    momenta = [s["exp_avg"] for s in states]
-    torch._foreach_addcdiv_(values, momenta, spread, [-float(group["lr"]) * rate for rate in rates])
-    write_back(params, values)

@@ -24,9 +24,9 @@ _REMEDY = (
 def check_replicas(optimizer: CompressedOptimizer) -> None:
     """Return if all ranks hold the same parameters, bit for bit; collective, one of 32 bytes per rank if they do.
 
-    It reads every parameter once, and fp32 masters too, and waits for the device. Of `ZeroOneAdam`, whose ranks differ
-    between synchronisations, it compares what the parameters were when the ranks last met. ``check_every=k`` makes an
-    optimizer call it after every k-th step.
+    It reads every parameter once, and fp32 masters too where every rank has them whole, and waits for the device. Of
+    `ZeroOneAdam`, whose ranks differ between synchronisations, it compares what the parameters were when the ranks last
+    met. ``check_every=k`` makes an optimizer call it after every k-th step.
 
     Raises:
         MismatchError: on every rank; it names the first parameter that is not the same and the ranks that differ.
@@ -63,7 +63,7 @@ def _replicated(optimizer: CompressedOptimizer) -> Iterator[tuple[str, Tensor]]:
             common = optimizer._common_value(p)
             yield name, common
             master = optimizer.state.get(p, {}).get("master")
-            if master is not None and master is not common:
+            if master is not None and master is not common and not optimizer._shard:
                 yield f"the fp32 master of {name}", master
 
 

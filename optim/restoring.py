@@ -7,20 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onebit.optim.state_keys import COUNTS, SCALARS, SHAPED
+from onebit.optim.state_keys import COUNTS, EXTRA, SCALARS, SHAPED, SLICES
 
 if TYPE_CHECKING:
     from onebit.optim.base import CompressedOptimizer
 
 
 def restore_tensors(optimizer: CompressedOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Undo what torch does to what it loads: here all is fp32, counts are on the CPU, strides the parameter's."""
+    """Undo what torch does to what it loads: all is fp32, counts are on the CPU, what is whole has p's strides."""
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     own = [p for group in optimizer.param_groups for p in group["params"]]
+    sliced = SLICES in state_dict.get(EXTRA, {})
     for index, p in zip(saved, own, strict=True):
         for key, value in state_dict["state"].get(index, {}).items():
             if key in COUNTS:
                 optimizer.state[p][key] = value.to("cpu", torch.float32, copy=True).view(())
+            elif key in SHAPED and sliced:
+                optimizer.state[p][key] = value.to(p.device, torch.float32, copy=True)
             elif key in SHAPED and (p.dtype != torch.float32 or value.stride() != p.stride()):
                 optimizer.state[p][key] = torch.empty_like(p, dtype=torch.float32).copy_(value)
             elif key in SCALARS and p.dtype != torch.float32:

@@ -19,9 +19,11 @@ class StagedAverage:
         like: its tensors' shapes and device; values are not read.
         make: of the tensors with these indices, what this rank gives, fp32; called once for each index.
         indices: in the group, of the parameters that are averaged.
+        made_in: row-major fp32 tensors like those of the average, where what `make` returns is kept; None: new ones.
 
     Attributes:
-        sending: what a staged exchange has; `all_finite`, `decode` and `undo` come after it has finished.
+        sending: what a staged exchange has; `all_finite`, and then `decode`, `accept` or `undo`, come after it has
+            finished.
     """
 
     def __init__(
@@ -30,8 +32,10 @@ class StagedAverage:
         like: Sequence[Tensor],
         make: Callable[[Sequence[int]], Sequence[Tensor]],
         indices: Sequence[int],
+        made_in: Sequence[Tensor] | None = None,
     ) -> None:
-        self._local = [torch.empty(t.shape, device=t.device) for t in like]  # row-major, as parts are encoded
+        # Row-major, as parts are encoded.
+        self._local = [torch.empty(t.shape, device=t.device) for t in like] if made_in is None else made_in
         self._make = make
         self._to_make = set(range(len(self._local)))
         self._work = self._start(reduce)
@@ -44,6 +48,11 @@ class StagedAverage:
     def decode(self, out: Sequence[Tensor]) -> None:
         """As of `CompressedWork`."""
         self._work.decode(out)
+        self._let_go()
+
+    def accept(self) -> None:
+        """As of `CompressedWork`."""
+        self._work.accept()
         self._let_go()
 
     def undo(self) -> None:
@@ -70,5 +79,5 @@ class StagedAverage:
             torch._foreach_copy_([self._local[i] for i in wanted], list(self._make(wanted)))
 
     def _let_go(self) -> None:
-        """Forget who knows the gradients: they are to be freed at once, not by the garbage collector."""
-        del self._work, self._make
+        """Forget who knows the gradients, and this: all is to be freed at once, not by the garbage collector."""
+        del self._work, self._make, self.sending

@@ -22,11 +22,12 @@ LAYERWISE = frozenset({FRESH_VARIANCE, *STARTS})
 EXTRA = "onebit"  # under which a state_dict has everything that torch's own optimizers do not have
 FORMAT = 1  # the version of that
 VERSION, SKIPPED_STEPS, LEFT_OUT_STEPS, RESIDUALS = "version", "skipped_steps", "left_out_steps", "residuals"
+SLICES = "slices"  # there where each rank of a node has a slice of what is shaped as the parameters
 
-# 1. Always: bit-equal on every rank, so one rank's are enough.
+# 1. Always: bit-equal on every rank, so one rank's are enough; of what is in slices one rank's in every node.
 ALWAYS = frozenset({*COUNTS, *SCALARS, *FLOATS, *SHAPED, VERSION, SKIPPED_STEPS}) - {MEAN}
 # 2. Per rank: each rank has its own to save; the momentum only while an interval of local steps is open.
-PER_RANK = frozenset({RESIDUALS, LEFT_OUT_STEPS, MEAN})
+PER_RANK = frozenset({RESIDUALS, LEFT_OUT_STEPS, MEAN, SLICES})
 PER_RANK_IN_INTERVAL = frozenset({MOMENTUM, MEAN})
 # 3. Never saved: attributes of an optimizer that are options of its constructor, or are made anew when first needed.
 NEVER_SAVED = frozenset(
@@ -40,14 +41,19 @@ NEVER_SAVED = frozenset(
         "_dead",
         "_fused",
         "_layers",
+        "_levels",
         "_lent",
+        "_loaded",
         "_local_group",
         "_locals",
         "_looked_up",
         "_overlap",
+        "_packed",
         "_pending",
         "_reducers",
         "_right_options",
+        "_shard",
+        "_sliced",
         "_spec",
         "_taken",
         "_told",

@@ -18,15 +18,21 @@ class WarmupStep(ABC):
     """The staged exchange of such a step; a subclass says what is done with the means.
 
     It also measures the variance for an automatic freeze, and puts the floor under it when compressed steps follow.
+
+    Args:
+        optimizer, group, reducers: whose step it is.
+        parts: how many ranks together hold one variance, each a part of it.
     """
 
-    def __init__(self, optimizer: FusedGroups, group: dict[str, Any], reducers: GroupReducers) -> None:
+    def __init__(self, optimizer: FusedGroups, group: dict[str, Any], reducers: GroupReducers, parts: int = 1) -> None:
         self._optimizer = optimizer
         self._rank = reducers.backend.rank
         self._group = group
         params = group["params"]
         states = [optimizer.state.get(p, {}) for p in params]
         variance = measure(group, states, params[0].device) if params else None
+        if variance is not None and parts > 1:
+            variance = variance * parts  # so that the mean over ranks is the whole
         self._mean = self.sending = MeanGradients(
             params, optimizer._gradients(group), reducers, note=variance, averaged=optimizer.gradients_averaged
         )

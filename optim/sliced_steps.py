@@ -1,0 +1,180 @@
+"""1-bit Adam's steps where every rank of a node holds and updates a slice of the state: whole steps, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from onebit.optim.adam_steps import dense_step, move, take_in
+from onebit.optim.dense import MeanGradients
+from onebit.optim.exchange import GroupReducers
+from onebit.optim.moments import local_momenta
+from onebit.optim.slices import Draft, GroupSlices
+from onebit.optim.staged import StagedAverage
+from onebit.optim.state_keys import MOMENTUM, VARIANCE
+from onebit.optim.warmup import WarmupStep
+
+if TYPE_CHECKING:
+    from onebit.optim.sharding import Sharding
+
+
+class SlicedDense(WarmupStep):
+    """Adam's own step on gradients averaged in fp32."""
+
+    def __init__(
+        self, optimizer: Sharding, group: dict[str, Any], reducers: GroupReducers, slices: GroupSlices
+    ) -> None:
+        self._slices = slices
+        self._draft: Draft | None = None
+        slices.follow(_with_state(group, optimizer), optimizer.state)
+        super().__init__(optimizer, group, reducers, parts=slices.parts)
+
+    def draft(self) -> None:
+        """Make the step beside what there is; collective inside the node."""
+        present = self._mean.present
+        params = [p for p, here in zip(self._group["params"], present, strict=True) if here]
+        if params:
+            states = self._optimizer.state
+            self._slices.follow(_with_state(self._group, self._optimizer, params), states)
+            means = self._slices.cut(params, [g for g, here in zip(self._mean.means, present, strict=True) if here])
+            self._draft = Draft(self._slices, params, states)
+            dense_step(self._group, self._draft.params, self._draft.states, means)
+            self._draft.share()
+
+    def _update(self, used: Sequence[int]) -> None:
+        assert self._draft is not None
+        self._draft.adopt(self._optimizer.state)
+
+
+class SlicedRefresh:
+    """Momentum and variance from gradients averaged in fp32; see `onebit.optim.onebit_adam`."""
+
+    def __init__(
+        self, optimizer: Sharding, group: dict[str, Any], reducers: GroupReducers, slices: GroupSlices
+    ) -> None:
+        self._optimizer = optimizer
+        self._group = group
+        self._reducers = reducers
+        self._slices = slices
+        self._draft: Draft | None = None
+        self._late = False
+        slices.follow(_with_state(group, optimizer), optimizer.state)
+        gradients = optimizer._gradients(group)
+        averaged = optimizer.gradients_averaged
+        self._mean = self.sending = MeanGradients(group["params"], gradients, reducers, averaged=averaged)
+
+    def all_finite(self) -> Tensor:
+        """0-dim bool, the same on every rank."""
+        return self._mean.all_finite()
+
+    def undo(self) -> None:
+        """Nothing was changed."""
+        self._mean.cancel()
+
+    def draft(self) -> None:
+        """Make the step beside what there is; collective inside the node."""
+        group, mean, states = self._group, self._mean, self._optimizer.state
+        present = [p for p, here in zip(group["params"], mean.present, strict=True) if here]
+        params = _with_state(group, self._optimizer, present)
+        if params:
+            self._late = any(VARIANCE not in states.get(p, {}) for p in params)
+            self._slices.follow(params, states)
+            ages = {p: group["variance_refresh"] * here for p, here in zip(group["params"], mean.present, strict=True)}
+            means = dict(zip(group["params"], mean.means, strict=True))
+            self._draft = Draft(self._slices, params, states)
+            cut = self._slices.cut(params, [means[p] for p in params])
+            take_in(group, self._draft.params, self._draft.states, cut, [ages[p] for p in params])
+            move(group, self._draft.params, self._draft.states)
+            self._draft.share()
+
+    def commit(self) -> None:
+        """Make the step."""
+        optimizer = self._optimizer
+        if self._draft is not None:
+            self._draft.adopt(optimizer.state)
+        if self._late:
+            optimizer._renew(self._reducers)
+        optimizer._raise_variances(self._group)
+
+
+class SlicedCompressed:
+    """Momentum averaged compressed over a frozen variance; every rank decodes its slice of what has come.
+
+    The momentum that a step starts from is needed whole on every rank. It is decoded from the payloads of the last
+    step; only where there are none, as after warm-up, its slices are put together.
+    """
+
+    def __init__(
+        self, optimizer: Sharding, group: dict[str, Any], reducers: GroupReducers, slices: GroupSlices
+    ) -> None:
+        self._optimizer = optimizer
+        self._group = group
+        self._slices = slices
+        self._draft: Draft | None = None
+        slices.follow(_with_state(group, optimizer), optimizer.state)
+        gradients = optimizer._gradients(group)
+        known = self._known = optimizer._known(group)
+        known.warn_of_others(gradients, reducers)
+        self._gradients = known.of(gradients)
+        local = self._local = [torch.empty(p.shape, device=p.device) for p in known.params]
+        self._reduce = optimizer._average_of(reducers, local, lambda: slices.dead(known.params, optimizer.state))
+        self._packed = optimizer._packed_momentum(reducers, self._reduce)
+        if self._packed is not None and self._packed.filled:
+            self._packed.write(local)
+        else:
+            slices.gather(known.params, [state[MOMENTUM] for state in known.states], local)
+        self._average = StagedAverage(self._reduce, local, self._local_momenta, known.indices, made_in=local)
+        self.sending = self._average.sending
+
+    def all_finite(self) -> Tensor:
+        """0-dim bool, the same on every rank."""
+        return self._average.all_finite()
+
+    def undo(self) -> None:
+        """Put error feedback back; the step is not made."""
+        self._average.undo()
+
+    def draft(self) -> None:
+        """Make the step beside what there is; collective inside the node."""
+        known = self._known
+        if known.params:
+            self._draft = Draft(self._slices, known.params, self._optimizer.state, kept=frozenset({VARIANCE}))
+            for state, momentum in zip(self._draft.states, self._mean(), strict=True):
+                state[MOMENTUM] = momentum
+            move(self._group, self._draft.params, self._draft.states)
+            self._draft.share()
+
+    def commit(self) -> None:
+        """Make the step."""
+        if self._draft is not None:
+            self._draft.adopt(self._optimizer.state)
+        if self._packed is not None:
+            self._packed.keep()
+            for state in self._known.states:
+                del state[MOMENTUM]
+        self._average.accept()
+
+    def _local_momenta(self, indices: Sequence[int]) -> list[Tensor]:
+        """Those of this rank of some of the parameters, with the gradients that there are now."""
+        coupled = not self._group["adamw_mode"] and self._group["weight_decay"]
+        values = [self._known.params[i].float() for i in indices] if coupled else []
+        momenta = [self._local[i] for i in indices]
+        return local_momenta(momenta, [self._gradients[i] for i in indices], values, self._group)
+
+    def _mean(self) -> list[Tensor]:
+        """This rank's slices of the averaged momentum."""
+        operators = self._reduce.codec.unchecked(self._local[0].device)
+        if self._packed is not None:
+            return self._slices.dealt.decode(operators, self._reduce.parts)
+        for part in self._reduce.parts:  # with one node, which sums plainly, what has come is no payload
+            part.decode(operators, self._local)
+        return self._slices.cut(self._known.params, self._local)
+
+
+def _with_state(group: dict[str, Any], optimizer: Sharding, others: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The parameters of a group that have a state, and these others of it, in the order of the group."""
+    wanted = set(others)
+    return [p for p in group["params"] if p in wanted or VARIANCE in optimizer.state.get(p, {})]
