@@ -31,7 +31,7 @@ from onebit.optim.refusals import check_parameters, refuse_capture, refused, ref
 from onebit.optim.regroup import put_back, take_out
 from onebit.optim.replicas import check_replicas
 from onebit.optim.restoring import restore_options, restore_tensors
-from onebit.optim.state_keys import EXTRA, FORMAT
+from onebit.optim.state_keys import EXTRA, FORMAT, RESIDUALS, SLICES
 from onebit.optim.untraced import untraced
 
 _log = logging.getLogger(__name__)
@@ -337,7 +337,13 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def check_state_dict(self, state_dict: Any) -> None:
         """Raise the InputError that `load_state_dict` would raise, and change nothing."""
-        check_state(type(self).__name__, state_dict, self.param_groups, self._own_keys, self._check_loaded_options)
+        self._check_saved(state_dict)
+        if SLICES in state_dict.get(EXTRA, {}) and not self._shard:
+            raise InputError(
+                f"{type(self).__name__}: the state to load is a rank's slice, as shard=True saves it, and this "
+                "optimizer holds everything; onebit.optim.checkpoint.load and onebit.optim.sharded.load put the slices of all "
+                "ranks together, and so does onebit.optim.elastic.reshard"
+            )
 
     def phase(self, group: int = 0) -> str:
         """How the next step of a parameter group is planned; the subclasses say which phases they have."""
@@ -504,6 +510,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _settle_slices(self) -> None:
         """What ranks that hold slices of the state settle, after they have agreed about the rest; collective."""
 
+    def _check_saved(self, state_dict: Any) -> None:
+        """As `check_state_dict`, of a state that may be a slice whether this optimizer has slices or not."""
+        check_state(type(self).__name__, state_dict, self.param_groups, self._own_keys, self._check_loaded_options)
+
     def _nodes(self) -> Levels | None:
         """The levels of `local_group`; None: there is one. Collective the first time, where there are two."""
         if self._levels is None and self._local_group is not None and self.backend.size > 1:
@@ -516,9 +526,13 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return (self.backend.rank, self.backend.size) if levels is None else (levels.between.rank, levels.between.size)
 
     def _takes(self, state: Mapping[str, Any]) -> bool:
-        """Whether what this rank saved, of as many ranks, is what it goes on from; collective as `_nodes`."""
-        place = self._place()
-        return all((one["rank"], one["world_size"]) == place for one in state[EXTRA]["residuals"] if len(one) > 1)
+        """Whether what this rank saved, one of as many ranks, is what it goes on from; after `_place`.
+
+        Else it goes on from what all ranks saved; see `onebit.optim.elastic`.
+        """
+        extra, place = state.get(EXTRA, {RESIDUALS: ()}), self._place()
+        alike = all((one["rank"], one["world_size"]) == place for one in extra[RESIDUALS] if len(one) > 1)
+        return alike and (SLICES not in extra or self._shard)
 
     def _check_loaded_options(self, group: Mapping[str, Any]) -> None:
         """Options of torch's own optimizers may be there and do not act, but those that change what is computed."""

@@ -28,7 +28,7 @@ from onebit.optim.base import CompressedOptimizer
 from onebit.optim.elastic import reshard
 from onebit.optim.local_steps import RATE
 from onebit.optim.replicas import checksums
-from onebit.optim.state_keys import ALWAYS, PER_RANK_IN_INTERVAL, STEP
+from onebit.optim.state_keys import ALWAYS, EXTRA, PER_RANK_IN_INTERVAL, SHAPED, SLICES, STEP
 
 VERSION = 1
 _NAME = re.compile(r"rank-(\d+)-of-(\d+)\.pt")
@@ -73,8 +73,9 @@ def save(folder: str | os.PathLike[str], optimizer: CompressedOptimizer, **extra
 def load(folder: str | os.PathLike[str], optimizer: CompressedOptimizer) -> dict[str, Any]:
     """Load what `save` wrote, on as many ranks or on another number; collective, and all ranks do it or none.
 
-    On as many ranks each reads its own file and goes on bit for bit. On another number each reads the files of all
-    ranks, which must then be in one folder; see `onebit.optim.elastic.reshard` for what is conserved.
+    On as many ranks each reads its own file and goes on bit for bit. On another number, or where nodes or slices are
+    others, each reads the files of all ranks, which must then be in one folder; see `onebit.optim.elastic.reshard` for
+    what is conserved.
 
     Args:
         folder: what `save` was given.
@@ -90,6 +91,7 @@ def load(folder: str | os.PathLike[str], optimizer: CompressedOptimizer) -> dict
         TransportError: a rank did not take part within the timeout; nothing was changed.
     """
     rank, size = optimizer.backend.rank, optimizer.backend.size
+    place = optimizer._place()
     extra: dict[str, Any] = {}
 
     def read() -> dict[str, Any]:
@@ -97,11 +99,17 @@ def load(folder: str | os.PathLike[str], optimizer: CompressedOptimizer) -> dict
         if old == size:
             content = _read_rank(paths[rank], rank)
             extra.update(content["extra"])
-            return _checked(optimizer, content["optimizer"])
+            own: dict[str, Any] = content["optimizer"]
+            optimizer._check_saved(own)
+            if optimizer._takes(own):
+                return own
+            _, paths = _paths(Path(folder), rank, size, of_all=True)
         contents = [_read_rank(paths[name], name, mmap=True) for name in sorted(paths)]
-        states = [_checked(optimizer, content["optimizer"]) for content in contents]
+        for content in contents:
+            optimizer._check_saved(content["optimizer"])
         extra.update(copy.deepcopy(contents[rank if rank < len(contents) else 0]["extra"]))
-        return copy.deepcopy(reshard(states, rank, size))  # the files are only mapped, and may be removed
+        state = reshard([content["optimizer"] for content in contents], rank, size, node=place)
+        return copy.deepcopy(state)  # the files are only mapped, and may be removed
 
     resume(optimizer, read)
     return extra
@@ -126,17 +134,15 @@ def resume(optimizer: CompressedOptimizer, read: Callable[[], dict[str, Any]]) -
         optimizer.load_state_dict(state)
 
 
-def _checked(optimizer: CompressedOptimizer, state: dict[str, Any]) -> dict[str, Any]:
-    optimizer.check_state_dict(state)
-    return state
-
-
 def _facts(state: Mapping[str, Any]) -> dict[str, str]:
     """What the states of all ranks must have in common."""
     facts = {f"the step of group {g}": str(group.get(STEP)) for g, group in enumerate(state["param_groups"])}
+    sliced = SLICES in state.get(EXTRA, {})
+    facts["the state"] = "in slices" if sliced else "whole"
     tensors: dict[str, Tensor] = {}
     for index, entry in state["state"].items():
-        for key in sorted(ALWAYS & entry.keys() - (PER_RANK_IN_INTERVAL if RATE in entry else set())):
+        apart = SHAPED if sliced else PER_RANK_IN_INTERVAL if RATE in entry else frozenset()
+        for key in sorted((ALWAYS & entry.keys()) - apart):
             name = f"{key} of parameter {index}"
             if isinstance(entry[key], Tensor):
                 tensors[name] = entry[key]
@@ -145,8 +151,11 @@ def _facts(state: Mapping[str, Any]) -> dict[str, str]:
     return {**facts, **dict(zip(tensors, checksums(list(tensors.values())), strict=True))}
 
 
-def _paths(folder: Path, rank: int, size: int) -> tuple[int, dict[int, Path]]:
+def _paths(folder: Path, rank: int, size: int, *, of_all: bool = False) -> tuple[int, dict[int, Path]]:
     """How many ranks have saved, and the files that this rank needs, by the rank that wrote them.
+
+    Args:
+        of_all: those of all ranks, also if there are as many.
 
     Raises:
         InputError: there are none, not all, or those of several checkpoints.
@@ -165,12 +174,16 @@ def _paths(folder: Path, rank: int, size: int) -> tuple[int, dict[int, Path]]:
             "checkpoint, or remove those that are not meant"
         )
     ((old, paths),) = found.items()
-    needed = [rank] if old == size else range(old)
+    needed = [rank] if old == size and not of_all else range(old)
     missing = [name for name in needed if name not in paths]
     if missing:
         raise InputError(
             f"{who}{folder} lacks the files of ranks {missing} of {old}"
-            + ("" if old == size else ", and for another number of ranks those of all must be in one folder")
+            + (
+                ""
+                if old == size and not of_all
+                else ", and for other ranks, nodes or slices those of all must be in one folder"
+            )
             + "; the save was not finished: take an older checkpoint"
         )
     return old, {name: paths[name] for name in needed}

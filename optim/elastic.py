@@ -12,6 +12,7 @@ from torch import Tensor
 from onebit.comm import Residual
 from onebit.compress import InputError
 from onebit.optim.local_steps import MEAN, RATE
+from onebit.optim.merging import merged
 from onebit.optim.state_keys import EXTRA, LEFT_OUT_STEPS, MOMENTUM, PER_RANK_IN_INTERVAL, RESIDUALS, STEP
 
 _log = logging.getLogger(__name__)
@@ -19,15 +20,19 @@ _log = logging.getLogger(__name__)
 State = Mapping[str, Any]
 
 
-def reshard(states: Sequence[State], rank: int, world_size: int) -> dict[str, Any]:
+def reshard(
+    states: Sequence[State], rank: int, world_size: int, *, node: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Return the state with which a rank of `world_size` ranks goes on from the states of all ranks that there were.
 
     Conserved is what the next average would have made of it:
 
     * error feedback: every rank gets the mean of the workers', and its part of the servers'; see `Residual.reshard`.
-      One rank compresses nothing, so it gets it as momentum: e/β₁ more, and its next momentum, β₁·m + (1-β₁)·g, is the
-      average that the ranks owe, to the last bit of fp32. (β₁ = 0 has no momentum to keep it in: then it is dropped.)
-      Ranks that were one have none.
+      With `local_group` a node takes the place of a rank, in the old states, the new one or both; where nodes stay, so
+      does theirs. One rank, or one node, compresses nothing, so it gets it as momentum: e/β₁ more, and its next
+      momentum, β₁·m + (1-β₁)·g, is the average that the ranks owe, to the last bit of fp32. (β₁ = 0 has no momentum to
+      keep it in: then it is dropped.) Ranks that were one have none.
+    * the slices of ``shard=True`` are put together; an optimizer that has slices cuts its own from the whole.
     * an interval of local steps, in which momenta differ by rank: every rank gets the mean of the momenta and of their
       means over the interval, which is what the ranks would have agreed on at its end. Its end stays where it was.
 
@@ -36,6 +41,8 @@ def reshard(states: Sequence[State], rank: int, world_size: int) -> dict[str, An
     Args:
         states: ``state_dict()`` of every old rank, in their order; not changed, and shares tensors with the result.
         rank, world_size: the new rank, and how many there are.
+        node: with `local_group`, the new rank's node, counted from 0, and how many nodes there are; None: every rank is
+            one by itself.
 
     Returns:
         What the optimizer of this rank can load. Of what each rank counts by itself it has the counts of the old rank
@@ -46,20 +53,27 @@ def reshard(states: Sequence[State], rank: int, world_size: int) -> dict[str, An
     """
     if not 0 <= rank < world_size:
         raise InputError(f"reshard: rank must be in [0, world_size), got {rank} of {world_size}")
+    place, places = (rank, world_size) if node is None else node
     _check_one_run(states)
+    states = merged(states)
     extras = [state[EXTRA] for state in states]
-    residuals = []
+    residuals, stay = [], True
     for g in range(len(states[0]["param_groups"])):
         feedback = [extra[RESIDUALS][g] for extra in extras]
         _check_order(g, feedback)
-        residuals.append(feedback[0] if len(feedback[0]) == 1 else Residual.reshard(feedback, world_size)[rank])
+        own = feedback[rank] if len(states) == world_size else {}
+        if len(feedback[0]) == 1 or (own.get("rank"), own.get("world_size")) == (place, places):
+            residuals.append(feedback[min(rank, len(feedback) - 1)])
+        else:
+            residuals.append(Residual.reshard(feedback, places)[place])
+            stay = False
     extra = dict(extras[min(rank, len(extras) - 1)])
     if rank >= len(extras) and LEFT_OUT_STEPS in extra:
         extra[LEFT_OUT_STEPS] = 0
     state = {**states[0], "state": _common(states), EXTRA: {**extra, RESIDUALS: residuals}}
-    dropped = world_size == 1 and _take_as_momentum(state)
-    if rank == 0 and world_size != len(states):
-        _log.warning("%s", _report(len(states), world_size, dropped))
+    dropped = places == 1 and _take_as_momentum(state)
+    if rank == 0 and not (stay and world_size == len(states)):
+        _log.warning("%s", _report(len(states), world_size, places, dropped))
     return state
 
 
@@ -87,13 +101,8 @@ def _check_one_run(states: Sequence[State]) -> None:
 def _check_order(g: int, feedback: Sequence[Mapping[str, Any]]) -> None:
     for rank, one in enumerate(feedback):
         Residual.check(one)
-        if one.get("world_size", len(feedback)) < len(feedback):
-            raise InputError(
-                f"reshard: for group {g} rank {rank} of {len(feedback)} has error feedback of one of "
-                f"{one['world_size']} nodes, as local_group makes it; expected that of a rank among all. Go on with as "
-                "many ranks and nodes"
-            )
-        if len(one) != len(feedback[0]) or one.get("rank", rank) != rank:
+        nodes = one.get("world_size", len(feedback)) < len(feedback)  # then `Residual.reshard` sees that all are there
+        if len(one) != len(feedback[0]) or (not nodes and one.get("rank", rank) != rank):
             raise InputError(
                 f"reshard: in place {rank} of {len(feedback)} is the error feedback of rank {one.get('rank')} for "
                 f"group {g}; give one state of every rank, in their order"
@@ -150,12 +159,15 @@ def _whole(feedback: Mapping[str, Any]) -> Tensor:
     return owed
 
 
-def _report(old: int, new: int, dropped: bool) -> str:
-    said = f"a checkpoint of {old} rank{'s' * (old > 1)} goes on with {new}: "
+def _report(old: int, new: int, places: int, dropped: bool) -> str:
+    nodes = "" if places == new else f" in {places} node{'s' * (places > 1)}"
+    said = f"a checkpoint of {old} rank{'s' * (old > 1)} goes on with {new}{nodes}: "
     if old == 1:
         return said + "one rank has no error feedback, so it starts at 0"
-    if new > 1:
-        return said + "every rank has the mean of the workers' error feedback and its part of the servers'"
+    if places > 1:
+        who = "every node has" if nodes else "every rank has"
+        return said + f"{who} the mean of the workers' error feedback and its part of the servers'"
     if dropped:
         return said + "error feedback of groups with betas[0] = 0 is dropped, as they have no momentum to keep it in"
-    return said + "one rank compresses nothing, so the error feedback is now part of the momentum"
+    one = "one node" if nodes else "one rank"
+    return said + f"{one} compresses nothing, so the error feedback is now part of the momentum"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -120,7 +121,7 @@ class FusedGroups(CompressedOptimizer):
             like: the variances; or, if `dead` is given, tensors of their shapes.
             dead: tells the masks of `dead_masks`; None: that of `like`.
         """
-        masks = (lambda: dead_masks(like)) if dead is None else dead
+        masks = partial(dead_masks, like) if dead is None else dead
         reduce = reducers.compressed(like, masks)
         if reducers not in self._told:
             reducers.remask(masks())

@@ -60,12 +60,9 @@ def check_state(
     numels = []
     held = None
     if slices is not None:
-        saved_groups = state_dict["param_groups"]
-        pairs = [
-            zip(saved["params"], group["params"], strict=True)
-            for saved, group in zip(saved_groups, groups, strict=True)
-        ]
-        held = slice_sizes(slices, [{i: p.numel() for i, p in pair if state_dict["state"].get(i)} for pair in pairs])
+        pairs = zip(state_dict["param_groups"], groups, strict=True)
+        numbered = [dict(zip(saved["params"], group["params"], strict=True)) for saved, group in pairs]
+        held = slice_sizes(slices, [{i: p for i, p in one.items() if state_dict["state"].get(i)} for one in numbered])
     for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
         check_options({**group, **saved})  # first, as an option that does not exist has a reason to tell
         entries = [state_dict["state"].get(index, {}) for index in saved["params"]]

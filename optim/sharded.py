@@ -28,17 +28,19 @@ from onebit.optim.base import CompressedOptimizer
 from onebit.optim.checkpoint import resume
 from onebit.optim.elastic import reshard
 from onebit.optim.local_steps import RATE
-from onebit.optim.state_keys import EXTRA, PER_RANK_IN_INTERVAL, RESIDUALS
+from onebit.optim.state_keys import EXTRA, PER_RANK_IN_INTERVAL, RESIDUALS, SLICES
 
 _RANK = re.compile(r"rank(\d+)\.")
-_REST, _COMMON, _FEEDBACK, _PARAMETER = "rest", "common", "feedback", "parameter"
+_REST, _COMMON, _FEEDBACK, _PARAMETER, _OF = "rest", "common", "feedback", "parameter", "of."
+_WHOLE, _NO_FEEDBACK = "whole", "none"
 
 
 def tensors_of(optimizer: CompressedOptimizer) -> dict[str, Tensor]:
     """Return what this rank gives to a checkpoint of all ranks; no collective.
 
     Names: ``common.<parameter>.<key>``, the same on all ranks; ``rank<r>.<...>``, of this rank alone: error feedback,
-    between synchronisations of 0/1 Adam momenta and parameters, and ``rank<r>.rest``, uint8, what is small.
+    what it has a slice of with ``shard=True``, between synchronisations of 0/1 Adam momenta and parameters, and
+    ``rank<r>.rest``, uint8, what is small. With `local_group` the name ``rank<r>.of.<...>`` tells which node and slice.
 
     Returns:
         Tensors on the parameters' device; some share memory with the optimizer, so save them before its next step.
@@ -46,8 +48,11 @@ def tensors_of(optimizer: CompressedOptimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()
     own = f"rank{optimizer.backend.rank}."
     named: dict[str, Tensor] = {}
+    sliced = SLICES in state[EXTRA]
+    if optimizer._local_group is not None:
+        named[own + _OF + _part_saved(optimizer, state)] = torch.zeros(1, dtype=torch.uint8)
     for place, entry, key in _tensors_in(state):
-        common = place[0] == "state" and not (RATE in entry and key in PER_RANK_IN_INTERVAL)
+        common = place[0] == "state" and not sliced and not (RATE in entry and key in PER_RANK_IN_INTERVAL)
         named[(f"{_COMMON}." if common else own) + ".".join((*place[1:], key))] = entry.pop(key)
     rest = io.BytesIO()
     torch.save({"world_size": optimizer.backend.size, "state": state}, rest)
@@ -59,6 +64,8 @@ def tensors_of(optimizer: CompressedOptimizer) -> dict[str, Tensor]:
 
 def room_for(optimizer: CompressedOptimizer, sizes: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """Return empty CPU tensors for what this rank must read; with as many ranks as there were, that is its own alone.
+
+    With `local_group` it is collective, and where nodes or slices are others it is everything, as for other ranks.
 
     Args:
         optimizer: which will load them.
@@ -77,7 +84,7 @@ def room_for(optimizer: CompressedOptimizer, sizes: Mapping[str, Any], prefix: s
             "under, with a dot"
         )
     own = f"rank{optimizer.backend.rank}."
-    alike = len(ranks) == optimizer.backend.size
+    alike = len(ranks) == optimizer.backend.size and _is_part_here(optimizer, names)
     wanted = [n for n in names if n.startswith(f"{_COMMON}.") or not alike or n.startswith(own)]
     kinds = {name: sizes[prefix + name] for name in wanted}
     return {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in kinds.items()}
@@ -99,22 +106,23 @@ def load(optimizer: CompressedOptimizer, tensors: Mapping[str, Tensor]) -> None:
         TransportError: a rank did not take part within the timeout; nothing was changed.
     """
     rank, size = optimizer.backend.rank, optimizer.backend.size
+    place = optimizer._place()
     own: dict[str, Tensor] = {}
 
     def read() -> dict[str, Any]:
         ranks = sorted({int(match[1]) for match in map(_RANK.match, tensors) if match})
         parts = {old: _state_of(old, tensors) for old in ranks}
         sizes = {world_size for world_size, _ in parts.values()}
-        alike = sizes == {size}
-        if ranks != ([rank] if alike else list(range(max(sizes, default=0)))) or len(sizes) != 1:
+        alike = ranks == [rank] and sizes == {size} and optimizer._takes(parts[rank][1])
+        if not alike and (ranks != list(range(max(sizes, default=0))) or len(sizes) != 1):
             raise InputError(
                 f"rank {rank} of {size}: what was read is of ranks {ranks}, of {sorted(sizes)} that were saved; read "
                 "everything that room_for lists"
             )
         for _, state in parts.values():
-            optimizer.check_state_dict(state)
+            optimizer._check_saved(state)
         if not alike:
-            return reshard([state for _, state in parts.values()], rank, size)
+            return reshard([state for _, state in parts.values()], rank, size, node=place)
         own.update(_own_parameters(rank, tensors, params))
         return parts[rank][1]
 
@@ -133,6 +141,32 @@ def _own_parameters(rank: int, tensors: Mapping[str, Tensor], params: Sequence[T
         if not place.isdigit() or int(place) >= len(params) or value.shape != params[int(place)].shape:
             raise InputError(f"rank {rank}: what was read of parameter {place} is of shape {tuple(value.shape)}")
     return own
+
+
+def _part_saved(optimizer: CompressedOptimizer, state: Mapping[str, Any]) -> str:
+    """Whose error feedback a state has, and which slices: what decides which ranks can go on from it alone."""
+    extra = state[EXTRA]
+    places = [f"{one['rank']}-{one['world_size']}" for one in extra[RESIDUALS] if len(one) > 1]
+    slices = extra.get(SLICES)
+    held = _WHOLE if slices is None else f"{slices['rank']}-{slices['ranks']}-{_dealing(optimizer)}"
+    return f"{places[0] if places else _NO_FEEDBACK}.{held}"
+
+
+def _is_part_here(optimizer: CompressedOptimizer, names: Sequence[str]) -> bool:
+    """Whether what this rank would save now is what it has saved, from the names that there are; as `_place`."""
+    rank, levels = optimizer.backend.rank, optimizer._nodes()
+    place, places = optimizer._place()
+    start = f"rank{rank}.{_OF}"
+    one_level = f"{rank}-{optimizer.backend.size}.{_WHOLE}"
+    saved = next((name.removeprefix(start) for name in names if name.startswith(start)), one_level)
+    feedback, held = saved.split(".", 1)
+    own = "" if levels is None else f"{levels.inside.rank}-{levels.inside.size}-{_dealing(optimizer)}"
+    return feedback in (_NO_FEEDBACK, f"{place}-{places}") and held in (_WHOLE, own if optimizer._shard else _WHOLE)
+
+
+def _dealing(optimizer: CompressedOptimizer) -> str:
+    """What slices depend on beside the ranks and the parameters."""
+    return f"{optimizer._codec.block_size}-{optimizer._bucket_size()}"
 
 
 def _tensors_in(state: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], MutableMapping[str, Any], str]]:
@@ -162,6 +196,7 @@ def _state_of(rank: int, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, 
         InputError: its parts cannot be read or put together.
     """
     own = f"rank{rank}."
+    other = tuple(own + name for name in (_REST, _PARAMETER, _OF))
     try:
         rest = torch.load(io.BytesIO(tensors[own + _REST].numpy().tobytes()), map_location="cpu", weights_only=True)
         world_size, state = int(rest["world_size"]), rest["state"]
@@ -169,7 +204,7 @@ def _state_of(rank: int, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, 
             if name.startswith(own + _FEEDBACK):
                 g, key = name.removeprefix(f"{own}{_FEEDBACK}.").split(".")
                 state[EXTRA][RESIDUALS][int(g)][key] = tensor
-            elif name.startswith((f"{_COMMON}.", own)) and not name.startswith((own + _REST, own + _PARAMETER)):
+            elif name.startswith((f"{_COMMON}.", own)) and not name.startswith(other):
                 index, key = name.split(".")[1:]
                 state["state"][int(index)][key] = tensor
     except Exception as error:  # torch.load raises whatever damaged bytes lead to

@@ -20,6 +20,7 @@ from onebit.compress import InputError
 from onebit.compress.launch_env import local_rank, local_world_size, world_size_hint
 from onebit.optim.exchange import GroupReducers
 from onebit.optim.freezing import Freezing
+from onebit.optim.merging import describe_slices
 from onebit.optim.options import check_flags
 from onebit.optim.packed import PackedMomentum
 from onebit.optim.slices import GroupSlices
@@ -54,13 +55,12 @@ class Sharding(Freezing):
         elif self._levels is not None and any(slices is not None and slices.params for slices in held):
             inside, spans = self._levels.inside, []
             for group, reducers, saved in zip(self.param_groups, self._of_groups(), state["param_groups"], strict=True):
-                indices = dict(zip(group["params"], saved["params"], strict=True))
+                numbers, slices = dict(zip(group["params"], saved["params"], strict=True)), self._sliced.get(reducers)
                 for p, momentum in self._momenta(reducers).items():
-                    state["state"][indices[p]] = {**state["state"][indices[p]], MOMENTUM: momentum}
-                slices = self._sliced.get(reducers)
-                found = [] if slices is None else slices.spans(self._with_state(group))
-                spans.append(torch.tensor(found, dtype=torch.int64).view(-1, 3))
-            state[EXTRA][SLICES] = {"rank": inside.rank, "ranks": inside.size, "spans": spans}
+                    state["state"][numbers[p]] = {**state["state"][numbers[p]], MOMENTUM: momentum}
+                spans.append([] if slices is None else slices.spans(self._with_state(group)))
+            with_state = [self._with_state(group) for group in self.param_groups]
+            state[EXTRA][SLICES] = describe_slices(inside.rank, inside.size, with_state, spans)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -96,19 +96,12 @@ class Sharding(Freezing):
         self._loaded = None
 
     def _takes(self, state: Mapping[str, Any]) -> bool:
-        loaded = state[EXTRA].get(SLICES)
-        if loaded is not None:
-            numels = []
-            for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
-                pairs = zip(group["params"], saved["params"], strict=True)
-                numels.append([p.numel() for p, index in pairs if state["state"].get(index)])
-            if not self._shard or not self._holds(loaded, numels):
-                return False
-        return super()._takes(state)
+        loaded = state.get(EXTRA, {}).get(SLICES)
+        return super()._takes(state) and (loaded is None or self._holds(loaded))
 
     def _misfit(self, loaded: Mapping[str, Any]) -> InputError | None:
         """Why slices that were loaded cannot be gone on with; None: they can."""
-        if self._holds(loaded, [[p.numel() for p in self._with_state(group)] for group in self.param_groups]):
+        if self._holds(loaded):
             return None
         return InputError(
             f"rank {self.backend.rank}: the state that was loaded holds slice {loaded['rank']} of {loaded['ranks']}, "
@@ -116,13 +109,14 @@ class Sharding(Freezing):
             "onebit.optim.checkpoint.load and onebit.optim.sharded.load take the slices of all ranks and cut them anew"
         )
 
-    def _holds(self, loaded: Mapping[str, Any], numels: Sequence[Sequence[int]]) -> bool:
-        """Whether these are the slices that this rank has of tensors of such sizes, per group."""
+    def _holds(self, saved: Mapping[str, Any]) -> bool:
+        """Whether these are the slices that this rank has of tensors of such shapes."""
         levels = self._nodes()
-        if levels is None or (loaded["rank"], loaded["ranks"]) != (levels.inside.rank, levels.inside.size):
+        if levels is None or (saved["rank"], saved["ranks"]) != (levels.inside.rank, levels.inside.size):
             return False
-        dealt = [self._deal(levels, sizes).spans for sizes in numels]
-        return all(list(map(tuple, saved.tolist())) == own for saved, own in zip(loaded["spans"], dealt, strict=True))
+        numels = [[torch.Size(shape).numel() for shape in shapes] for shapes in saved["shapes"]]
+        pairs = zip(numels, saved["spans"], strict=True)
+        return all(self._deal(levels, sizes).spans == [tuple(row) for row in rows.tolist()] for sizes, rows in pairs)
 
     def _deal(self, levels: Levels, numels: Sequence[int], stats: Stats | None = None) -> Slices:
         return Slices(numels, self._codec, self._bucket_size(), levels, stats)

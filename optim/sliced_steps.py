@@ -18,6 +18,7 @@ from onebit.optim.state_keys import MOMENTUM, VARIANCE
 from onebit.optim.warmup import WarmupStep
 
 if TYPE_CHECKING:
+    from onebit.optim.base import CompressedOptimizer
     from onebit.optim.sharding import Sharding
 
 
@@ -174,7 +175,7 @@ class SlicedCompressed:
         return self._slices.cut(self._known.params, self._local)
 
 
-def _with_state(group: dict[str, Any], optimizer: Sharding, others: Sequence[Tensor] = ()) -> list[Tensor]:
+def _with_state(group: dict[str, Any], optimizer: CompressedOptimizer, others: Sequence[Tensor] = ()) -> list[Tensor]:
     """The parameters of a group that have a state, and these others of it, in the order of the group."""
     wanted = set(others)
     return [p for p in group["params"] if p in wanted or VARIANCE in optimizer.state.get(p, {})]

@@ -70,7 +70,8 @@ class GroupSlices:
             whole = self._whole({p: state[key] for p, state in holders.items() if p in self._index})
             for i, p in enumerate(params):
                 if p in holders:
-                    cut.append((holders[p], key, dealt.cut(i, whole.get(p, holders[p][key]))))
+                    source: Tensor = whole[p] if p in whole else holders[p][key]
+                    cut.append((holders[p], key, dealt.cut(i, source)))
         for state, key, piece in cut:
             state[key] = piece
         self._dealt, self.params, self._index = dealt, list(params), {p: i for i, p in enumerate(params)}
