@@ -341,8 +341,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         if SLICES in state_dict.get(EXTRA, {}) and not self._shard:
             raise InputError(
                 f"{type(self).__name__}: the state to load is a rank's slice, as shard=True saves it, and this "
-                "optimizer holds everything; onebit.optim.checkpoint.load and onebit.optim.sharded.load put the slices of all "
-                "ranks together, and so does onebit.optim.elastic.reshard"
+                "optimizer holds everything; onebit.optim.checkpoint.load and onebit.optim.sharded.load put the slices "
+                "of all ranks together, and so does onebit.optim.elastic.reshard"
             )
 
     def phase(self, group: int = 0) -> str:

@@ -73,7 +73,8 @@ def reshard(
     state = {**states[0], "state": _common(states), EXTRA: {**extra, RESIDUALS: residuals}}
     dropped = places == 1 and _take_as_momentum(state)
     if rank == 0 and not (stay and world_size == len(states)):
-        _log.warning("%s", _report(len(states), world_size, places, dropped))
+        none = all(len(one) == 1 for one in extras[0][RESIDUALS])
+        _log.warning("%s", _report(len(states), world_size, places, none, dropped))
     return state
 
 
@@ -159,11 +160,11 @@ def _whole(feedback: Mapping[str, Any]) -> Tensor:
     return owed
 
 
-def _report(old: int, new: int, places: int, dropped: bool) -> str:
+def _report(old: int, new: int, places: int, none: bool, dropped: bool) -> str:
     nodes = "" if places == new else f" in {places} node{'s' * (places > 1)}"
     said = f"a checkpoint of {old} rank{'s' * (old > 1)} goes on with {new}{nodes}: "
-    if old == 1:
-        return said + "one rank has no error feedback, so it starts at 0"
+    if none:
+        return said + f"{'one rank has' if old == 1 else 'there was'} no error feedback, so it starts at 0"
     if places > 1:
         who = "every node has" if nodes else "every rank has"
         return said + f"{who} the mean of the workers' error feedback and its part of the servers'"

@@ -1,0 +1,64 @@
+"""What docs/choosing.md says of the bytes of state per parameter is what ranks hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from onebit.comm import Backend, run_threads
+from onebit.optim import OnebitAdam
+from onebit.optim.sharding import Sharding
+from tests.optim.samples import step
+
+PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
+SHAPES = ((200, 1000), (512,), (60, 1024), (3, 1000))
+
+
+def table() -> list[tuple[int, int, bool, float, float]]:
+    """Ranks, ranks of a node, whether state is dealt, bytes in warm-up, bytes after it."""
+    row = re.compile(r"\| (\d+) \| (\d+) \| `([^`]+)` \| ([\d.]+) \| ([\d.]+) \|")
+    found = row.findall(PAGE.read_text())
+    return [(int(n), int(k), "shard" in how, float(warm), float(after)) for n, k, how, warm, after in found]
+
+
+def held(optimizer: Sharding) -> int:
+    """Bytes of all tensors of a parameter's size, or a share of it, that steps leave behind for the next ones."""
+    tensors: list[Tensor] = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    for reducers in optimizer._of_groups():
+        tensors += [*reducers.residual.worker, *reducers.residual.server]
+    for packed in (*optimizer._packed.values(), *optimizer._fused.values()):
+        payloads = packed._payloads
+        tensors += payloads.values() if isinstance(payloads, dict) else payloads
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def measure(backend: Backend, node: int, shard: bool) -> tuple[float, float]:
+    params = [Parameter(torch.ones(shape)) for shape in SHAPES]
+    options = {} if node == 1 else {"local_group": node, "shard": shard}
+    optimizer = OnebitAdam(params, freeze_step=1, backend=backend, **options)
+    bytes_held = []
+    for number in range(2):
+        step(optimizer, [torch.full(shape, number - 0.5) for shape in SHAPES])
+        bytes_held.append(held(optimizer) / sum(p.numel() for p in params))
+    return bytes_held[0], bytes_held[1]
+
+
+def test_the_table_covers_one_level_two_levels_and_slices() -> None:
+    rows = table()
+    assert {(n, k) for n, k, shard, *_ in rows if shard} == {(4, 2), (4, 4), (8, 4), (16, 8)}
+    assert len(rows) == 11
+
+
+@pytest.mark.parametrize(("ranks", "node", "shard", "warmup", "compressed"), table())
+def test_ranks_hold_what_the_table_says(ranks: int, node: int, shard: bool, warmup: float, compressed: float) -> None:
+    measured = run_threads(ranks, measure, node, shard)
+    for index, said in enumerate((warmup, compressed)):
+        # Blocks are dealt whole, and a bucket of 262 blocks is padded to as many for each rank: 272 with 16 ranks, 4 %.
+        mean = sum(m[index] for m in measured) / ranks
+        assert mean == pytest.approx(said, rel=0.02 if ranks < 16 else 0.05)
+        assert max(m[index] for m in measured) <= said * 1.06 + 0.01
