@@ -274,5 +274,5 @@ def test_a_damaged_slice_is_refused_and_changes_nothing(spoil: str, states: list
 
 def test_slices_of_all_ranks_are_needed(states: list[dict[str, Any]]) -> None:
     for given in ([states[0]] * 4, [*states[:3], merged(states)[3]], states[:1]):
-        with pytest.raises(InputError, match="expected those of all ranks|one state of each|in place"):
+        with pytest.raises(InputError, match=r"expected those of all ranks|one state of each|in place"):
             reshard(given, 0, 2)
