@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ def reshard(
     Conserved is what the next average would have made of it:
 
     * error feedback: every rank gets the mean of the workers', and its part of the servers'; see `Residual.reshard`.
-      With `local_group` a node takes the place of a rank, in the old states, the new one or both; where nodes stay, so
-      does theirs. One rank, or one node, compresses nothing, so it gets it as momentum: e/β₁ more, and its next
+      With `local_group` a node takes the place of a rank, in the old states, the new one or both; as many as before keep
+      their workers' own. One rank, or one node, compresses nothing, so it gets it as momentum: e/β₁ more, and its next
       momentum, β₁·m + (1-β₁)·g, is the average that the ranks owe, to the last bit of fp32. (β₁ = 0 has no momentum to
       keep it in: then it is dropped.) Ranks that were one have none.
     * the slices of ``shard=True`` are put together; an optimizer that has slices cuts its own from the whole.
@@ -61,12 +61,11 @@ def reshard(
     for g in range(len(states[0]["param_groups"])):
         feedback = [extra[RESIDUALS][g] for extra in extras]
         _check_order(g, feedback)
-        own = feedback[rank] if len(states) == world_size else {}
-        if len(feedback[0]) == 1 or (own.get("rank"), own.get("world_size")) == (place, places):
-            residuals.append(feedback[min(rank, len(feedback) - 1)])
+        if len(feedback[0]) == 1:
+            residuals.append(feedback[0])
         else:
-            residuals.append(Residual.reshard(feedback, places)[place])
-            stay = False
+            residuals.append(_of_place(feedback, place, places))
+            stay = stay and feedback[0]["world_size"] == places
     extra = dict(extras[min(rank, len(extras) - 1)])
     if rank >= len(extras) and LEFT_OUT_STEPS in extra:
         extra[LEFT_OUT_STEPS] = 0
@@ -74,7 +73,7 @@ def reshard(
     dropped = places == 1 and _take_as_momentum(state)
     if rank == 0 and not (stay and world_size == len(states)):
         none = all(len(one) == 1 for one in extras[0][RESIDUALS])
-        _log.warning("%s", _report(len(states), world_size, places, none, dropped))
+        _log.warning("%s", _report(len(states), world_size, places, _Fate(none, stay, dropped)))
     return state
 
 
@@ -160,15 +159,40 @@ def _whole(feedback: Mapping[str, Any]) -> Tensor:
     return owed
 
 
-def _report(old: int, new: int, places: int, none: bool, dropped: bool) -> str:
+def _of_place(feedback: Sequence[Mapping[str, Any]], place: int, places: int) -> dict[str, Any]:
+    """The error feedback of a rank, or node, among `places`; where there were as many each keeps its workers' own."""
+    old = feedback[0]["world_size"]
+    if all(one["server"].numel() == sum(one["numels"]) for one in feedback):  # made anew: all of a node have the same
+        feedback = list({one["rank"]: one for one in feedback}.values())
+    made = Residual.reshard(feedback, places)[place]
+    if old != places:
+        return made
+    own = [one["worker"].view(torch.int32) for one in feedback if one["rank"] == place]
+    worker = own[0].clone()
+    for other in own[1:]:  # slices of a node: where one has something the others have zeros, so every bit is kept
+        worker |= other
+    return {**made, "worker": worker.view(torch.float32)}
+
+
+class _Fate(NamedTuple):
+    """What has become of error feedback: there was none; every rank or node keeps its own; some was dropped."""
+
+    none: bool
+    stays: bool
+    dropped: bool
+
+
+def _report(old: int, new: int, places: int, fate: _Fate) -> str:
     nodes = "" if places == new else f" in {places} node{'s' * (places > 1)}"
     said = f"a checkpoint of {old} rank{'s' * (old > 1)} goes on with {new}{nodes}: "
-    if none:
+    if fate.none:
         return said + f"{'one rank has' if old == 1 else 'there was'} no error feedback, so it starts at 0"
+    if fate.stays:
+        return said + "every node keeps its error feedback"
     if places > 1:
         who = "every node has" if nodes else "every rank has"
         return said + f"{who} the mean of the workers' error feedback and its part of the servers'"
-    if dropped:
+    if fate.dropped:
         return said + "error feedback of groups with betas[0] = 0 is dropped, as they have no momentum to keep it in"
     one = "one node" if nodes else "one rank"
     return said + f"{one} compresses nothing, so the error feedback is now part of the momentum"

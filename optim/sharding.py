@@ -6,7 +6,8 @@ levels deal: the rank that holds the error feedback of an element holds its vari
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -115,11 +116,13 @@ class Sharding(Freezing):
         if levels is None or (saved["rank"], saved["ranks"]) != (levels.inside.rank, levels.inside.size):
             return False
         numels = [[torch.Size(shape).numel() for shape in shapes] for shapes in saved["shapes"]]
+        deal = self._dealer(levels)
         pairs = zip(numels, saved["spans"], strict=True)
-        return all(self._deal(levels, sizes).spans == [tuple(row) for row in rows.tolist()] for sizes, rows in pairs)
+        return all(deal(sizes).spans == [tuple(row) for row in rows.tolist()] for sizes, rows in pairs)
 
-    def _deal(self, levels: Levels, numels: Sequence[int], stats: Stats | None = None) -> Slices:
-        return Slices(numels, self._codec, self._bucket_size(), levels, stats)
+    def _dealer(self, levels: Levels, stats: Stats | None = None) -> Callable[[Sequence[int]], Slices]:
+        """What makes slices of tensors of such sizes, as averages are made of them."""
+        return partial(Slices, codec=self._codec, bucket_mb=self._bucket_size(), levels=levels, stats=stats)
 
     def _with_state(self, group: Mapping[str, Any]) -> list[Tensor]:
         return [p for p in group["params"] if self.state.get(p)]
@@ -132,7 +135,7 @@ class Sharding(Freezing):
         if reducers not in self._sliced:
             stats = Stats()
             reducers.count(stats)
-            self._sliced[reducers] = GroupSlices(lambda numels: self._deal(levels, numels, stats), levels.inside.size)
+            self._sliced[reducers] = GroupSlices(self._dealer(levels, stats), levels.inside.size)
         return self._sliced[reducers]
 
     def _packed_momentum(self, reducers: GroupReducers, reduce: CompressedAllreduce) -> PackedMomentum | None:
