@@ -28,10 +28,10 @@ def reshard(
     Conserved is what the next average would have made of it:
 
     * error feedback: every rank gets the mean of the workers', and its part of the servers'; see `Residual.reshard`.
-      With `local_group` a node takes the place of a rank, in the old states, the new one or both; as many as before keep
-      their workers' own. One rank, or one node, compresses nothing, so it gets it as momentum: e/β₁ more, and its next
-      momentum, β₁·m + (1-β₁)·g, is the average that the ranks owe, to the last bit of fp32. (β₁ = 0 has no momentum to
-      keep it in: then it is dropped.) Ranks that were one have none.
+      With `local_group` a node takes the place of a rank, in the old states, the new one or both; as many as before
+      keep their workers' own. One rank, or one node, compresses nothing, so it gets it as momentum: e/β₁ more, and its
+      next momentum, β₁·m + (1-β₁)·g, is the average that the ranks owe, to the last bit of fp32. (β₁ = 0 has no
+      momentum to keep it in: then it is dropped.) Ranks that were one have none.
     * the slices of ``shard=True`` are put together; an optimizer that has slices cuts its own from the whole.
     * an interval of local steps, in which momenta differ by rank: every rank gets the mean of the momenta and of their
       means over the interval, which is what the ranks would have agreed on at its end. Its end stays where it was.
