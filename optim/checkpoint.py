@@ -182,7 +182,7 @@ def _paths(folder: Path, rank: int, size: int, *, of_all: bool = False) -> tuple
             + (
                 ""
                 if old == size and not of_all
-                else ", and for other ranks, nodes or slices those of all must be in one folder"
+                else ", and for another number of ranks, other nodes or slices those of all must be in one folder"
             )
             + "; the save was not finished: take an older checkpoint"
         )
