@@ -78,7 +78,7 @@ class Sharding(Freezing):
             )
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), **({"shard": True} if self._shard else {})}
+        return {**super()._settings(), "shard": self._shard}
 
     def _settle_slices(self) -> None:
         if not self._shard:

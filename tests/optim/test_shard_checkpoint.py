@@ -201,7 +201,8 @@ def load_dcp(backend: Backend, folder: Path, node: int | None, shard: bool) -> A
     room = sharded.room_for(optimizer, sizes, prefix="optimizer.")
     dcp.load({"model": named, "optimizer": room}, checkpoint_id=folder)
     sharded.load(optimizer, room)
-    return sorted(room), optimizer.state_dict(), advance(optimizer, backend.rank, 6, 8)
+    loaded = copy.deepcopy(optimizer.state_dict())
+    return sorted(room), loaded, advance(optimizer, backend.rank, 6, 8)
 
 
 def test_one_checkpoint_of_all_processes(tmp_path: Path) -> None:
