@@ -113,15 +113,15 @@ def load(optimizer: CompressedOptimizer, tensors: Mapping[str, Tensor]) -> None:
         ranks = sorted({int(match[1]) for match in map(_RANK.match, tensors) if match})
         parts = {old: _state_of(old, tensors) for old in ranks}
         sizes = {world_size for world_size, _ in parts.values()}
-        alike = ranks == [rank] and sizes == {size} and optimizer._takes(parts[rank][1])
-        if not alike and (ranks != list(range(max(sizes, default=0))) or len(sizes) != 1):
+        everything = list(range(max(sizes, default=0)))
+        if len(sizes) != 1 or ranks not in ([rank] if sizes == {size} else everything, everything):
             raise InputError(
                 f"rank {rank} of {size}: what was read is of ranks {ranks}, of {sorted(sizes)} that were saved; read "
                 "everything that room_for lists"
             )
         for _, state in parts.values():
             optimizer._check_saved(state)
-        if not alike:
+        if sizes != {size} or not optimizer._takes(parts[rank][1]):
             return reshard([state for _, state in parts.values()], rank, size, node=place)
         own.update(_own_parameters(rank, tensors, params))
         return parts[rank][1]
