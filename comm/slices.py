@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,17 +35,14 @@ class Slices:
     def __init__(
         self, numels: Sequence[int], codec: Codec, bucket_mb: float, levels: Levels, stats: Stats | None = None
     ) -> None:
-        inside, nodes = levels.inside, levels.between.size
-        self._inside = inside
+        inside = self._inside = levels.inside
         self._stats = Stats() if stats is None else stats
         self._buckets: list[list[list[Span]]] = []
         self._layouts: list[Layout] = []  # per bucket that of this rank's slice, every run taken for a tensor
-        for layout in plan_buckets(codec, numels, inside.size * nodes, bucket_mb):
-            dealt = replace(layout, chunks=inside.size, chunk_blocks=nodes * layout.chunk_blocks)
-            runs = [list(dealt.chunk_segments(rank)) for rank in range(inside.size)]
-            self._buckets.append([[(s.tensor, s.offset, s.numel) for s in run] for run in runs])
-            own = replace(layout, chunks=nodes, segments=tuple(runs[inside.rank]))
-            self._layouts.append(own.by_segment())
+        for layout in plan_buckets(codec, numels, inside.size * levels.between.size, bucket_mb):
+            slices = [levels.slice_of(layout, rank) for rank in range(inside.size)]
+            self._buckets.append([[(s.tensor, s.offset, s.numel) for s in one.segments] for one in slices])
+            self._layouts.append(slices[inside.rank].by_segment())
         self.spans = [span for bucket in self._buckets for span in bucket[inside.rank]]
         self._runs: list[list[tuple[int, int]]] = [[] for _ in numels]  # of this rank, per tensor
         self._numels = [0] * len(numels)

@@ -36,8 +36,3 @@ class PackedMomentum:
         """Decode it to tensors like those of the average, row-major, fp32."""
         for payload, part in zip(self._payloads, self._reduce.parts, strict=True):
             replace(part, gathered=payload).decode(self._reduce.codec.unchecked(payload.device), rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are held."""
-        return sum(payload.numel() for payload in self._payloads)
