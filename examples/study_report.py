@@ -164,7 +164,7 @@ def draw(task: str, groups: Sequence[Group], path: Path) -> Path:
         second = max(max(g.curve(by_bytes=False)[1][1]) for g in here)  # the first value, far above, flattens the rest
         by_step.set_ylim(lowest - 0.05 * (second - lowest), second)
         by_step.set_ylabel("held-out loss, nats")
-        by_step.legend(loc="upper right", frameon=False)
+        by_step.legend(loc="upper right", frameon=False, fontsize="small" if len(here) > 8 else None)
         finish(by_step, f"{task}, {n} ranks: loss against steps", "step")
         finish(by_byte, "loss against bytes on the wire", "MB sent by each rank so far (log scale)")
         in_megabytes(by_byte)
