@@ -12,8 +12,9 @@ v′ the variance of gradients that are reconstructed from the averaged momentum
     v′ <- β₂·v′ + (1 - β₂)·g′²      r′ = max((√v̂_T + ε)/(√v̂′ + ε));  with λ > 0: a = min(1, ‖u₀‖/‖u‖),
     r′ <- r′·a + 1 - a       r <- clip(r′, factor_min, factor_max), then to the last r times 1 ± factor_threshold
 
-With both bounds 1 there is no r and no v′. The paper uses the r of the step itself; here it is the next step's, which is where onebit departs from it on purpose.
-An entry with v_T = 0 is dead: it takes no part in C nor in the maximum, and is not moved by m.
+With both bounds 1 there is no r and no v′. The paper uses the r of the step itself; here it is the next step's, where
+onebit departs from it on purpose. An entry with v_T = 0 is dead: it takes no part in C nor in the maximum, and is not
+moved by m.
 """
 
 from __future__ import annotations
