@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import logging
@@ -227,7 +228,7 @@ def test_a_rank_that_has_given_up_writes_no_more_where_others_may_still_read() -
 # --- lost ranks
 
 
-def lose(backend: Backend, how: str) -> tuple[float, tuple[int, int, list[str]]]:
+def lose(backend: Backend, how: str, folder: str) -> tuple[float, tuple[int, int, list[str]]]:
     """Rank 1 is lost between two averages; the others say how long the second took to fail, and what is left then."""
     reduce = CompressedAllreduce(torch.zeros(NUMEL), backend, local_group=2, bucket_mb=SMALL_BUCKET)
     assert reduce.local_transport == "shared memory"
@@ -248,18 +249,25 @@ def lose(backend: Backend, how: str) -> tuple[float, tuple[int, int, list[str]]]
         torch.testing.assert_close(part, kept, rtol=0, atol=4 * 8 * oracle.UNIT)
     del reduce
     left = traces()
-    if backend.name == "mpi":  # at its end a rank aborts the job, for it has a collective open
-        time.sleep(max(0.0, since + 2 * TIMEOUT - time.monotonic()))
+    if (
+        backend.name == "mpi"
+    ):  # at its end a rank aborts the job, for it has a collective open: not before all have told
+        (Path(folder) / str(backend.rank)).touch()
+        while len(list(Path(folder).iterdir())) < backend.size - 1 and time.monotonic() < since + LATE:
+            time.sleep(0.05)
+        atexit.register(time.sleep, 2.0)
     return took, left
 
 
 @pytest.mark.parametrize("how", ["is killed", "stops"])
 @pytest.mark.parametrize("kind", ["gloo", MPI])
-def test_a_rank_lost_inside_a_node_is_an_error_on_the_others_in_time_and_leaves_no_memory(kind: str, how: str) -> None:
+def test_a_rank_lost_inside_a_node_is_an_error_on_the_others_in_time_and_leaves_no_memory(
+    kind: str, how: str, tmp_path: Path
+) -> None:
     if kind == "mpi" and how == "is killed" and not mpi_survives():
         pytest.skip("this mpiexec ends the job with a rank that is killed")
     flags = SURVIVING if kind == "mpi" and how == "is killed" else ()
-    said = run_ranks(kind, 4, lose, how, without=[1], mpiexec_flags=flags)
+    said = run_ranks(kind, 4, lose, how, str(tmp_path), without=[1], mpiexec_flags=flags)
     for took, left in (outcome for rank, outcome in enumerate(said) if rank != 1):
         assert took < TIMEOUT + LATE
         assert left == (0, 0, [])
