@@ -50,15 +50,13 @@ def main() -> None:
     recipe = RECIPES[options.task]
     run = recipe.run(options.task, "adamw", world.size, options.seed, changes(options))
     task = make_task(run)
+    how = {"ranks": world.size, "replicas": options.replicas, "compiled": options.compile}
     rows = []
     for average in options.averages:
         rows.append(train(run, task, average, mesh, world, device, options.compile))
-        if world.rank == 0:
-            print(summary(rows), flush=True)
-    if world.rank == 0:
-        how = {"ranks": world.size, "replicas": options.replicas, "compiled": options.compile}
-        document = record.make(f"hsdp-{run.task}", {**asdict(run), **how}, rows, device.type)
-        print(record.save(document, options.folder))
+        if world.rank == 0:  # saved after each, so that a run that is stopped keeps those before
+            document = record.make(f"hsdp-{run.task}", {**asdict(run), **how}, rows, device.type)
+            print(f"{summary(rows)}; {record.save(document, options.folder)}", flush=True)
     world.barrier()  # nobody leaves, and takes the others down, before the record is written
     dist.destroy_process_group()
 
