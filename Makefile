@@ -42,7 +42,7 @@ help: ## print this list
 	@echo
 	@echo 'variables, as in make test-mpi NP=4:'
 	@echo '  PYTHON=$(PYTHON) (3.10 or newer, read when $(VENV) is made)  JOBS=$(JOBS) (for test: files at a time)'
-	@echo '  NP=$(NP)  RATE=$(RATE)  HOSTS=$(HOSTS)  LOCAL=$(LOCAL)  DELAY=$(DELAY)  SHORT=$(SHORT)  SOCKETS=$(SOCKETS)  PEERS=$(PEERS)'
+	@echo '  NP=$(NP)  RATE=$(RATE)  HOSTS=$(HOSTS)  LOCAL=$(LOCAL)  DELAY=$(DELAY)  BACKEND=$(BACKEND)  SHORT=$(SHORT)  SOCKETS=$(SOCKETS)  PEERS=$(PEERS)'
 	@echo '  STRIKES=$(STRIKES)  INJECTIONS=$(INJECTIONS)  WRONG_CALLS=$(WRONG_CALLS)  SOAK=$(SOAK)'
 
 .PHONY: setup
@@ -99,8 +99,9 @@ bench-nccl: setup ## the same over NCCL, on NP GPUs
 	$(TORCHRUN) -m onebit.benchmarks --backend nccl -b 4M -e 1G -f 8 --name nccl-$(NP)-sweep $(AVERAGES)
 
 .PHONY: bench-net
-bench-net: setup ## averages between HOSTS network namespaces of LOCAL ranks, over links of RATE with a DELAY; needs root
+bench-net: setup ## averages between HOSTS namespaces of LOCAL ranks, links of RATE and DELAY; BACKEND=nccl: on GPUs; needs root
 	$(BIN)/python -m onebit.benchmarks.net --rate $(RATE) --hosts $(HOSTS) $(if $(LOCAL),--local $(LOCAL)) \
+		$(if $(BACKEND),--backend $(BACKEND)) $(if $(MAXBYTES),-e $(MAXBYTES)) \
 		$(if $(DELAY),--delay $(DELAY)) $(if $(CASES),--cases $(CASES)) --plot
 
 .PHONY: bench-train

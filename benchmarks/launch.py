@@ -45,10 +45,12 @@ def loopback(ranks: int) -> list[Host]:
     return [Host(environment={"GLOO_SOCKET_IFNAME": "lo"})] * ranks
 
 
-def launch(hosts: Sequence[Host], arguments: Sequence[str], module: str = "onebit.benchmarks") -> None:
-    """Run `python -m MODULE` with `arguments` as one Gloo rank on each of `hosts`; wait for all of them.
+def launch(
+    hosts: Sequence[Host], arguments: Sequence[str], module: str = "onebit.benchmarks", backend: str = "gloo"
+) -> None:
+    """Run `python -m MODULE` with `arguments` as one rank on each of `hosts`; wait for all of them.
 
-    Before its arguments the module gets ``--backend=gloo`` and ``--init_method=``, where the ranks meet.
+    Before its arguments the module gets ``--backend=`` and ``--init_method=``, where the ranks meet.
 
     Ranks meet in a file, so that no route is needed but the one that is measured.
 
@@ -57,7 +59,7 @@ def launch(hosts: Sequence[Host], arguments: Sequence[str], module: str = "onebi
     """
     with tempfile.TemporaryDirectory(prefix="onebit-") as folder, held_signals() as release:
         meeting = f"--init_method=file://{Path(folder) / 'meeting'}"
-        own = [sys.executable, "-m", module, "--backend=gloo", meeting, *arguments]
+        own = [sys.executable, "-m", module, f"--backend={backend}", meeting, *arguments]
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank, host in enumerate(hosts):

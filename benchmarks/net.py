@@ -1,7 +1,7 @@
 """`python -m onebit.benchmarks.net --rate 1gbit`: averages between hosts joined by links of that speed.
 
-The hosts are network namespaces of this machine, with one rank or more in each; they share its processors. Needs root
-and iproute2.
+The hosts are network namespaces of this machine, with one rank or more in each; they share its processors. With
+--backend nccl every rank has a GPU, and those of a host its GPUs' own links. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onebit.benchmarks import console, record
+from onebit.benchmarks.group import TORCH_BACKENDS
 from onebit.benchmarks.launch import Host, RankError, launch
 from onebit.benchmarks.namespaces import Namespace, NetworkError, shaped_hosts
 from onebit.benchmarks.sizes import parse_size, up_to
@@ -23,6 +24,9 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_argument("--hosts", type=int, default=2, help="how many; more than two are joined by a switch")
     flags.add_argument("--local", type=int, default=1, help="ranks on each host; with more, averages on two levels too")
     flags.add_argument(
+        "--backend", choices=TORCH_BACKENDS, default="gloo", help="nccl: between GPUs, one for each rank"
+    )
+    flags.add_argument(
         "--cases", default="collectives", help="which averages, by name or family, as the driver takes them"
     )
     flags.add_argument("--delay", help="what packets are held back for, as tc writes it: 5ms (needs the queue netem)")
@@ -31,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "-e", "--maxbytes", type=parse_size, default="64M", help="bytes of the largest tensor that is averaged"
     )
     flags.add_argument("-n", "--iters", type=int, default=15, help="timed runs of each case")
-    flags.add_argument("--bucket_mb", type=float, default=16.0, help="bucket size of the compressed average")
+    flags.add_argument("--bucket_mb", type=float, help="bucket size of averages (gloo: 16, nccl: 512)")
     flags.add_argument("--plot", action="store_true", help="draw the JSON result, beside it")
     return flags
 
@@ -46,13 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"--output={options.output}",
         *up_to(options.maxbytes),
         f"-n{options.iters}",
-        f"--bucket_mb={options.bucket_mb}",
         f"--local={options.local}",
+        *([f"--bucket_mb={options.bucket_mb}"] if options.bucket_mb else []),
         *["--plot"] * options.plot,
     ]
     try:
         with shaped_hosts(options.rate, options.hosts, options.delay) as hosts:
-            launch([rank_on(host) for host in hosts for _ in range(options.local)], wanted)
+            ranks = [rank_on(host) for host in hosts for _ in range(options.local)]
+            launch(ranks, wanted, backend=options.backend)
     except NetworkError as error:
         console.say(f"{error}", stderr=True)
         return error.status
@@ -79,10 +84,11 @@ def _link(options: argparse.Namespace) -> str:
 
 
 def rank_on(host: Namespace) -> Host:
-    """A rank that lives on `host` and watches what leaves it."""
+    """A rank that lives on `host` and watches what leaves it; NCCL takes namespaces for hosts, too."""
+    nccl = {"NCCL_SOCKET_IFNAME": host.interface, "NCCL_NET": "Socket", "NCCL_HOSTID": host.name}
     return Host(
         prefix=host.prefix,
-        environment={"GLOO_SOCKET_IFNAME": host.interface},
+        environment={"GLOO_SOCKET_IFNAME": host.interface, **nccl},
         arguments=(f"--interface={host.interface}",),
     )
 

@@ -2,7 +2,8 @@
 
 Without a GPU: two hosts, network namespaces of this machine, on a link of --rate; needs root and iproute2. Layers take
 their time as a device's would, with the processors idle; with --host they compute, and Gloo's threads have to wait for
-a processor. Under torchrun on GPUs: a GPT of 124 M parameters, beside DDP with torch's fused AdamW.
+a processor. Under torchrun on GPUs: a GPT of 124 M parameters, beside DDP with torch's fused AdamW; with --gpus N the
+same on N hosts of a GPU each, which are namespaces, too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ WARM_UP = 1_000_000  # steps: more than are made
 
 def _parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.overlap", description=__doc__)
-    flags.add_argument("--rate", default="60mbit", help="speed of the link, as tc writes it; without a GPU")
+    flags.add_argument("--rate", default="60mbit", help="speed of the link, as tc writes it; not under torchrun")
+    flags.add_argument("--gpus", type=int, metavar="N", help="train a GPT on N hosts of one GPU each")
     flags.add_argument("--phase", choices=("compressed", "warmup"), default="compressed", help="which steps are timed")
     flags.add_argument(
         "--host",
@@ -72,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(options)
     try:
-        with shaped_hosts(options.rate) as hosts:
-            launch([rank_on(host) for host in hosts], given, module="onebit.benchmarks.overlap")
+        with shaped_hosts(options.rate, options.gpus or 2) as hosts:
+            backend = "nccl" if options.gpus else "gloo"
+            launch([rank_on(host) for host in hosts], given, module="onebit.benchmarks.overlap", backend=backend)
     except (NetworkError, RankError) as error:
         console.say(f"{error}", stderr=True)
         return error.status if isinstance(error, NetworkError) else 1

@@ -1,6 +1,7 @@
 """Training steps of a GPT of 124 M parameters on GPUs: 1-bit Adam by itself and in DDP, and DDP with fused AdamW.
 
-Started by `torchrun --nproc-per-node 4 -m onebit.benchmarks.overlap` in a checkout, which has the model.
+Started by `torchrun --nproc-per-node 4 -m onebit.benchmarks.overlap` in a checkout, which has the model; or without
+torchrun and with ``--gpus 4 --rate 10gbit``, for GPUs on hosts of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     Those of two models are not compared: attention's backward adds up in no fixed order on a GPU. A test compares steps
     with overlap and without, bit for bit, for gradients that are the same.
     """
-    backend = join("nccl")
+    backend = join("nccl", options.init_method)
     device = torch.device("cuda", torch.cuda.current_device())
     torch.set_float32_matmul_precision("high")
     batch = min(options.batch, 16)
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         figures: dict[str, Any] = {
             "ranks": backend.size,
             "backend": "nccl",
-            "link": "TCP sockets" if nccl_sockets() else "the GPUs' own links",
+            "link": _link(options),
             "phase": options.phase,
             "iterations": options.iters,
             "tokens per rank": batch * CONTEXT,
@@ -88,10 +89,17 @@ def run(options: argparse.Namespace) -> int:
             "replicas bit-equal": equal,
         }
         rows = [row(name, numel, times) for name, times in seconds.items()]
-        sockets = "-sockets" if nccl_sockets() else ""
-        save(f"overlap-{options.phase}-{backend.size}{sockets}", figures, rows, options.output, "cuda")
+        way = f"-{options.rate}" if options.gpus else "-sockets" * nccl_sockets()
+        save(f"overlap-{options.phase}-{backend.size}{way}", figures, rows, options.output, "cuda")
     torch.distributed.destroy_process_group()
     return 0 if equal else 1
+
+
+def _link(options: argparse.Namespace) -> str:
+    """How the result names what is between the ranks."""
+    if options.gpus:
+        return f"{options.gpus} namespaces, {options.rate}"
+    return "TCP sockets" if nccl_sockets() else "the GPUs' own links"
 
 
 def _model(device: torch.device) -> nn.Module:

@@ -93,6 +93,8 @@ def _shares(row: Mapping[str, Any]) -> str:
 def _caption(result: record.Document) -> str:
     run, box, versions = result["run"], result["machine"], result["versions"]
     ranks = f"{run['ranks']} ranks, {run['backend']}, {run['link']}" if run["ranks"] > 1 else "one process"
+    threads = run.get("threads", 1) if box["device"] == "cpu" else 1  # a result without it had one
+    ranks += f", {threads} threads{' each' * (run['ranks'] > 1)}" * (threads > 1)
     times = f"{run['iterations']} rounds" if "iterations" in run else f"median of {run['repeats']} processes"
     packages = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "numba", "numpy"))
     priority = "" if run["priority"] == "normal" else f"; priority: {run['priority']}"

@@ -25,7 +25,7 @@ from onebit.benchmarks.namespaces import NetworkError, shaped_hosts
 from onebit.benchmarks.net import rank_on
 from onebit.benchmarks.training import ALONE, Course, train
 from onebit.benchmarks.transformer import EXAMPLES, Shape
-from onebit.compress import set_num_threads
+from onebit.compress import num_threads
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,8 +81,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _rank(options: argparse.Namespace) -> int:
     """Train as one rank; rank 0 tells and writes what came out."""
-    torch.set_num_threads(1)  # hosts share the processors
-    set_num_threads(1)
+    torch.set_num_threads(num_threads())  # of a rank's share of the processors, as the kernels here
     backend = join("gloo", options.init_method)
     shape = Shape(**{name: getattr(options, name) for name in vars(Shape())})
     course = Course(
@@ -108,6 +107,7 @@ def _show(rows: list[dict[str, object]], course: Course, options: argparse.Names
         "ranks": options.hosts,
         "backend": "gloo",
         "link": f"{options.hosts} namespaces, {options.rate}" if options.rate else "loopback",
+        "threads": num_threads(),
         "iterations": course.plan.steps,
         "learns": course.learns,
         "plan": vars(course.plan),

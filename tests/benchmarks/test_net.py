@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from onebit.benchmarks import net, record
+from onebit.benchmarks.launch import Host
 from onebit.benchmarks.namespaces import FORBIDDEN, MISSING, NetworkError, shaped_hosts
 
 FakeTool = Callable[[str, str], None]
@@ -40,6 +41,20 @@ def allowed() -> bool:
 def namespaces() -> set[str]:
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     return {line.split()[0] for line in listed.splitlines() if line.startswith("onebit-")}
+
+
+def launches(
+    flags: list[str], tool: FakeTool, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[list[Host], list[str], str]]:
+    """What a run with these flags would launch: hosts, the driver's flags and the backend."""
+    found: list[tuple[list[Host], list[str], str]] = []
+    tool("tc", "exit 0")
+    tool("ip", "exit 0")
+    monkeypatch.setattr(
+        net, "launch", lambda hosts, wanted, backend: found.append((list(hosts), list(wanted), backend))
+    )
+    assert net.main(flags) == 0
+    return found
 
 
 def test_a_machine_without_iproute2_is_told_what_to_install(tool: FakeTool, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,13 +127,8 @@ def test_a_network_of_too_few_or_too_many_hosts_is_refused(hosts: int, capsys: p
 def test_several_ranks_on_a_host_are_told_in_the_result_and_to_the_driver(
     tool: FakeTool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched: list[tuple[int, list[str]]] = []
-    tool("tc", "exit 0")
-    tool("ip", "exit 0")
-    monkeypatch.setattr(net, "launch", lambda hosts, wanted: launched.append((len(hosts), list(wanted))))
-    assert net.main(["--local=2", "--hosts=3", "--cases=compressed,two-level"]) == 0
-    [(ranks, wanted)] = launched
-    assert ranks == 6
+    [(ranks, wanted, backend)] = launches(["--local=2", "--hosts=3", "--cases=compressed,two-level"], tool, monkeypatch)
+    assert (len(ranks), backend) == (6, "gloo")
     said = {
         "--cases=compressed,two-level",
         "--local=2",
@@ -126,6 +136,20 @@ def test_several_ranks_on_a_host_are_told_in_the_result_and_to_the_driver(
         "--link=3 namespaces of 2 ranks, 1gbit",
     }
     assert said <= set(wanted)
+    assert not [word for word in wanted if word.startswith("--bucket_mb")]  # the driver has a default for each device
+
+
+def test_nccl_takes_a_namespace_for_a_host_and_its_link_for_the_only_way_out(
+    tool: FakeTool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [(ranks, wanted, backend)] = launches(["--backend=nccl", "--local=2", "--bucket_mb=64"], tool, monkeypatch)
+    assert backend == "nccl"
+    assert "--bucket_mb=64.0" in wanted
+    hosts = [rank.environment["NCCL_HOSTID"] for rank in ranks]
+    assert hosts[0] == hosts[1] != hosts[2] == hosts[3]
+    for rank in ranks:
+        assert rank.environment["NCCL_NET"] == "Socket"
+        assert rank.arguments == (f"--interface={rank.environment['NCCL_SOCKET_IFNAME']}",)
 
 
 @pytest.mark.skipif(not allowed(), reason="needs root, iproute2 and a kernel that allows network namespaces")
