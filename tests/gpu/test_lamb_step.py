@@ -23,12 +23,12 @@ from onebit.optim.lamb import Layers
 from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import state_bits
+from tests.gpu.lamb_paths import UNIT, assert_together, path_of
 from tests.gpu.test_fused_step import no_synchronisation
 from tests.optim.samples import contents, parameters, patchy, step, through_a_file, values
 
 DEVICE = "cuda"
 SIZES = [3000, 1, 5 * 1024, 40, 300_000]  # the last has so many blocks that several warps put them together
-UNIT = 2.0**-24  # one rounding to fp32, relative
 LASTS = [1.0, 0.5, 1.0, 1.1, 0.2]  # r before the step
 GROUP = {
     "betas": (0.9, 0.99),
@@ -279,29 +279,20 @@ def test_40_steps_end_where_the_unfused_ones_end(variant: str, world_size: int) 
     def train(backend: Backend, fused: bool) -> Any:
         params = start()
         optimizer = optimizer_of(params, backend, fused, **VARIANTS[variant])
-        for number in range(40):
-            step(optimizer, given(params, backend.rank, number))
+        path = path_of(optimizer, params, lambda number: given(params, backend.rank, number), 40)
         saved = optimizer.state_dict()["state"]
         fresh = [state["exp_avg_sq_fresh"].cpu() for _, state in sorted(saved.items()) if "exp_avg_sq_fresh" in state]
-        told = {name: row.cpu() for name, row in optimizer.lamb_coefficients().items()}
-        return [p.detach().cpu() for p in params], fresh, told
+        return path, fresh, optimizer.param_groups[0]
 
     per_rank = run_threads(world_size, train, True)
-    unfused, begun = run_threads(world_size, train, False)[0], start()
-    for params, fresh, told in per_rank:
-        for i, (p, q) in enumerate(zip(params, unfused[0], strict=True)):
-            if p.numel():
-                # 36 steps that round a few times each; measured: 22 roundings of the largest number there was.
-                largest = max(float(x.detach().abs().max()) for x in (q, begun[i]))
-                off = float((p - q).abs().max()) / largest / UNIT
-                assert off <= 64, f"parameter {i} is {off} roundings off"
-        for i, (v, w) in enumerate(zip(fresh, unfused[1], strict=True)):
+    by_torch, by_torch_fresh, group = run_threads(world_size, train, False)[0]
+    for path, fresh, _ in per_rank:
+        assert_together(path, by_torch, group)
+        for i, (v, w) in enumerate(zip(fresh, by_torch_fresh, strict=True)):
             if v.numel():
                 # The squared difference of momenta doubles what they are off by; measured: 3.4 roundings.
                 off = float((v - w).abs().max() / w.abs().max()) / UNIT
                 assert off <= 16, f"fresh variance {i} is {off} roundings off"
-        for name, row in told.items():
-            torch.testing.assert_close(row, unfused[2][name], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
