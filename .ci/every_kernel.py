@@ -91,6 +91,13 @@ def adam_kernels() -> None:
         optimizer.step()
 
 
+def exchange_kernel() -> None:
+    """One rank with itself: the tools let kernels run one after the other, and two would wait for each other."""
+    peers: Any = importlib.import_module("tests.gpu.test_peer_memory")
+    for nbytes, skew in ((33_792, 0), (5000, 1)):
+        peers.test_every_rank_gets_a_piece_of_every_rank(1, nbytes, skew, True)
+
+
 def main() -> None:
     """Run all and say which kernels were launched."""
     names: set[str] = set()
@@ -102,7 +109,7 @@ def main() -> None:
         return function(file, kernel, device)
 
     module._function = noted  # type: ignore[assignment]
-    for run in (codec_kernels, quantized_kernels, step_kernels, adam_kernels):
+    for run in (codec_kernels, quantized_kernels, step_kernels, adam_kernels, exchange_kernel):
         run()
         torch.cuda.synchronize()
     sys.stdout.write("\n".join([*sorted(names), f"{len(names)} kernels were run", ""]))

@@ -104,10 +104,14 @@ class Collective:
         handle = None
         if self._moves:
             with self._guard:
-                start = getattr(self._backend, self._in_line if in_line else self._beside)
-                handle = start(self._output, self._input)
+                handle = self._launch(in_line)
         self._backend.traffic.add(self._wire_bytes)
         return Work(self._backend, self._operation, handle)
+
+    def _launch(self, in_line: bool) -> Handle | None:
+        start = getattr(self._backend, self._in_line if in_line else self._beside)
+        handle: Handle | None = start(self._output, self._input)
+        return handle
 
 
 class Backend(ABC):
@@ -162,7 +166,7 @@ class Backend(ABC):
                 f"got {input.numel()} and {output.numel()} elements"
             )
         sent = _nbytes(input) // self.size * (self.size - 1)
-        return Collective(self, "all_to_all", output, input, sent)
+        return self._collective("all_to_all", output, input, sent)
 
     def all_gather(self, output: Tensor, input: Tensor) -> Work:
         """Start gathering every rank's `input`, in rank order, into `output` on every rank.
@@ -185,7 +189,7 @@ class Backend(ABC):
                 f"rank {self.rank}: all_gather of {input.numel()} elements over {self.size} ranks needs an output of "
                 f"{input.numel() * self.size}, got {output.numel()}"
             )
-        return Collective(self, "all_gather", output, input, _nbytes(input) * (self.size - 1))
+        return self._collective("all_gather", output, input, _nbytes(input) * (self.size - 1))
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Start summing `tensor` over all ranks in place; every rank gets the same bits.
@@ -272,6 +276,10 @@ class Backend(ABC):
     def guard(self, operation: str) -> Guard:
         """A context that turns any failure inside it into a `TransportError` about `operation`; see `Guard`."""
         return Guard(self.rank, self._order, operation)
+
+    def _collective(self, operation: str, output: Tensor, input: Tensor, wire_bytes: int) -> Collective:
+        """What the `prepare_` methods return, once the tensors are found right."""
+        return Collective(self, operation, output, input, wire_bytes)
 
     @abstractmethod
     def _all_to_all(self, output: Tensor, input: Tensor) -> Handle | None:

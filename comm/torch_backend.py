@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, BarrierOptions
 
-from onebit.comm.backend import DEFAULT_TIMEOUT, Backend, Handle
+from onebit.comm.backend import DEFAULT_TIMEOUT, Backend, Collective, Handle
 from onebit.comm.errors import BackendError
+from onebit.comm.peer_memory import PeerCollective, PeerMemory
 from onebit.comm.watch import Watch
 
 HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # what PyTorch does about NCCL's errors; 0: nothing
@@ -45,11 +46,19 @@ class TorchBackend(Backend):
     when the group is made, that is left to `Watch`: steps that the device has been told to make, and hosts that wait in
     one, then end at the time limit, and the next use of the backend raises TransportError.
 
+    Small all_to_all and all_gather that are started in line go through `peers`, memory that all GPUs of a machine can
+    write to, where they can; ``ONEBIT_PEER_MEMORY=0`` in the environment leaves all to NCCL. One that waits for a peer
+    beyond the time limit ends by itself: what it brings then is NaN to every codec, so that no step is made of it, and
+    the next use of the backend raises TransportError.
+
     Args:
         group: the process group; None: the default group.
         device_type: ``"cpu"`` for its Gloo half, ``"cuda"`` for its NCCL half.
         timeout: seconds that a collective may take. Gloo: of this backend alone; None: `DEFAULT_TIMEOUT`. NCCL: becomes
             the group's; None: the group keeps what `init_process_group` or `new_group` gave it.
+
+    Attributes:
+        peers: over NCCL whether peers' memory is used, and why not; else None.
 
     Raises:
         BackendError: torch.distributed is not initialised, or this rank is no member of the group.
@@ -68,7 +77,9 @@ class TorchBackend(Backend):
         self._made: dict[tuple[type, bool], Any] = {}
         self._watch: Watch | None = None
         self._parts: weakref.WeakSet[TorchBackend] = weakref.WeakSet()
+        self.peers: PeerMemory | None = None
         if device_type == "cuda":
+            self.peers = PeerMemory(self)
             if timeout is None:
                 self.timeout = self._group_limit()
             else:
@@ -89,7 +100,15 @@ class TorchBackend(Backend):
         self._order.broken_by = operation
         self._abort()
 
+    def check(self) -> None:
+        if self.peers is not None and self.peers.given_up and self._order.given_up is None:
+            self._order.given_up = ("exchange through peers' memory", self.timeout)
+            self._order.broken_by = self._order.given_up[0]
+        super().check()
+
     def _abort(self) -> None:
+        if self.peers is not None:
+            self.peers.give_up()
         self._transport.abort()
         for part in self._parts:
             part._abort()
@@ -113,6 +132,11 @@ class TorchBackend(Backend):
         part = TorchBackend(group, str(self.device_type), None if self.name == "nccl" else self.timeout)
         self._parts.add(part)
         return part
+
+    def _collective(self, operation: str, output: Tensor, input: Tensor, wire_bytes: int) -> Collective:
+        if self.peers is None:
+            return super()._collective(operation, output, input, wire_bytes)
+        return PeerCollective(self, self.peers, operation, output, input, wire_bytes)
 
     def _all_to_all(self, output: Tensor, input: Tensor) -> Handle | None:
         return self._exchange(_as_bytes(output), _as_bytes(input))

@@ -17,7 +17,8 @@ from onebit.compress.gpu.build import OPTIONS
 from onebit.compress.gpu.module import with_headers
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = [source for package in ("compress", "optim") for source in sorted((ROOT / package / "gpu").glob("*.cu"))]
+PACKAGES = ("comm", "compress", "optim")
+SOURCES = [source for package in PACKAGES for source in sorted((ROOT / package / "gpu").glob("*.cu"))]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

@@ -1,0 +1,1 @@
+"""The CUDA kernel that moves bytes between GPUs of one machine."""

@@ -1,0 +1,158 @@
+"""Small collectives of the GPUs of one machine by one kernel each, through memory that all of them can write to.
+
+NCCL takes longer to be told of a small collective than to make it. Where all ranks of a group are on one machine and
+their GPUs reach each other's memory, `comm.gpu.exchange` moves the bytes instead, with no call of NCCL. The memory, and
+how others come by it, is PyTorch's symmetric memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from onebit.comm.backend import Collective, Handle
+from onebit.comm.numbers import gather_numbers
+from onebit.compress.kernels import kernels_for
+
+if TYPE_CHECKING:
+    from onebit.comm.gpu.exchange import Exchange
+    from onebit.comm.torch_backend import TorchBackend
+
+_log = logging.getLogger(__name__)
+
+SWITCH = "ONEBIT_PEER_MEMORY"  # "0" in the environment of any rank: NCCL for all
+LARGEST = 5 << 19  # bytes of a collective's output, such as the signs of 19 Mi numbers; beyond, NCCL starts soon enough
+
+_retired: list[Any] = []  # memory that nobody needs, but that a kernel may still be using
+
+
+class PeerMemory:
+    """Whether the ranks of an NCCL backend reach each other's memory, and whether one has waited in vain.
+
+    Attributes:
+        refusal: why they do not; None: they do, or nobody has asked so far.
+    """
+
+    def __init__(self, backend: TorchBackend) -> None:
+        self._backend = weakref.ref(backend)
+        self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+        self._seen = self._given_up.numpy()  # the same memory, looked at before every collective
+        self._asked = False
+        self.refusal: str | None = None
+
+    @property
+    def given_up(self) -> bool:
+        """Whether a kernel has stopped waiting for a peer, or was told to."""
+        return bool(self._seen[0])
+
+    def give_up(self) -> None:
+        """Have all kernels stop waiting; what they write is not to be trusted."""
+        self._seen[0] = 1
+
+    def exchange(self, bytes: int, pieces: int) -> Exchange | None:
+        """Memory for exchanges of pieces of one size; collective, and the host waits for the other ranks.
+
+        Args:
+            bytes: of a piece.
+            pieces: that a rank sends: one for each, or the same for all.
+
+        Returns:
+            None, on all ranks alike, where NCCL is to be used; `refusal` says why if it is for any size.
+        """
+        backend = self._backend()
+        if backend is None or self.refusal is not None or bytes * backend.size > LARGEST:
+            return None
+        if not self._asked:
+            self._asked = True
+            self._agree(backend, _refusal(backend))
+        made, problem = None, None
+        if self.refusal is None:
+            torch.cuda.synchronize()
+            _retired.clear()
+            try:
+                made = _make(backend, bytes, pieces, self._given_up)
+            except Exception as error:  # whatever PyTorch raises where the driver does not do it
+                problem = f"symmetric memory: {error}"
+            self._agree(backend, problem)
+        return made if self.refusal is None else None
+
+    def _agree(self, backend: TorchBackend, problem: str | None) -> None:
+        """Have the first problem of any rank become the refusal of all."""
+        rows = gather_numbers(backend, [float(problem is not None), float(_machine())])
+        troubled = [rank for rank, (trouble, _) in enumerate(rows) if trouble]
+        if problem is not None:
+            self.refusal = problem
+        elif troubled:
+            self.refusal = f"rank {troubled[0]} refused"
+        elif len({machine for _, machine in rows}) > 1:
+            self.refusal = "the ranks are on several machines"
+        if self.refusal is not None:
+            _log.debug("rank %d: small collectives go through NCCL: %s", backend.rank, self.refusal)
+
+
+class PeerCollective(Collective):
+    """A collective over NCCL, but through peers' memory where it is small and nothing else is to run until `wait`."""
+
+    def __init__(
+        self, backend: TorchBackend, peers: PeerMemory, operation: str, output: Tensor, input: Tensor, wire_bytes: int
+    ) -> None:
+        super().__init__(backend, operation, output, input, wire_bytes)
+        self._peers = peers
+        self._exchange: Exchange | None = None
+        self._asked = False
+
+    def _launch(self, in_line: bool) -> Handle | None:
+        if not in_line:
+            return super()._launch(in_line)
+        if not self._asked and not torch.cuda.is_current_stream_capturing():  # while others cannot be waited for
+            self._asked = True
+            each = self._output.nbytes // self._backend.size
+            self._exchange = self._peers.exchange(each, self._input.nbytes // each)
+        if self._exchange is None:
+            return super()._launch(in_line)
+        self._backend.check()
+        self._exchange(self._output, self._input, self._backend.timeout)
+        return None
+
+
+def _refusal(backend: TorchBackend) -> str | None:
+    """Why this rank cannot or should not."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
+        return "NCCL_P2P_DISABLE is set"
+    if kernels_for(torch.device("cuda")).name != "gpu":
+        return "no CUDA kernels"
+    try:
+        from torch.distributed import _symmetric_memory  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    from onebit.comm.gpu.exchange import MOST_RANKS
+
+    return f"more than {MOST_RANKS} ranks" if backend.size > MOST_RANKS else None
+
+
+def _machine() -> int:
+    """The same number in all processes of a machine, of 48 bits."""
+    return int(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[-12:], 16)
+
+
+def _make(backend: TorchBackend, bytes: int, pieces: int, given_up: Tensor) -> Exchange:
+    from torch.distributed import _symmetric_memory
+
+    from onebit.comm.gpu.exchange import Exchange, mailbox_bytes
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    size = mailbox_bytes(bytes, backend.size)
+    memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
+    torch.cuda.synchronize()
+    shared = _symmetric_memory.rendezvous(memory, backend.group)
+    exchange = Exchange(shared.buffer_ptrs_dev, backend.rank, backend.size, bytes, pieces, given_up, device)
+    weakref.finalize(exchange, _retired.append, (memory, shared, exchange._state, given_up)).atexit = False
+    return exchange

@@ -1,0 +1,119 @@
+"""Ranks take the way through peers' memory all or not at all, and ask each other once; the GPU tests have the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+
+from onebit.comm import Backend, peer_memory, run_threads
+from onebit.comm.peer_memory import LARGEST, PeerCollective, PeerMemory
+from onebit.comm.threads_backend import ThreadsBackend
+from onebit.comm.torch_backend import TorchBackend
+
+RANKS = 3
+
+
+def asked(backend: Backend, calls: int = 2, each: int = 64) -> tuple[str | None, list[bool], int]:
+    """What a rank is told, whether it got something, and how many collectives that took."""
+    peers = PeerMemory(cast(TorchBackend, backend))
+    backend.traffic.reset()
+    got = [peers.exchange(each, 1) is not None for _ in range(calls)]
+    return peers.refusal, got, backend.traffic.collectives
+
+
+def rank_here() -> int:
+    backend = ThreadsBackend.current()
+    assert backend is not None
+    return backend.rank
+
+
+@pytest.fixture
+def capable(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has ranks refuse, fail to map memory, or be on machines as told, by rank."""
+
+    def set_up(refusals: dict[int, str], failing: set[int], machines: list[int]) -> None:
+        def make(backend: Any, *_: Any) -> object:
+            if backend.rank in failing:
+                raise RuntimeError("no such memory")
+            return object()
+
+        monkeypatch.setattr(peer_memory, "_refusal", lambda backend: refusals.get(backend.rank))
+        monkeypatch.setattr(peer_memory, "_make", make)
+        monkeypatch.setattr(peer_memory, "_machine", lambda: machines[rank_here()])
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    return set_up
+
+
+def test_where_all_can_all_do(capable: Callable[..., None]) -> None:
+    capable({}, set(), [7] * RANKS)
+    for refusal, got, _ in run_threads(RANKS, asked):
+        assert refusal is None
+        assert got == [True, True]
+
+
+def test_one_that_refuses_is_enough_and_nobody_asks_again(capable: Callable[..., None]) -> None:
+    capable({1: "told not to"}, set(), [7] * RANKS)
+    told = run_threads(RANKS, asked)
+    assert [refusal for refusal, _, _ in told] == ["rank 1 refused", "told not to", "rank 1 refused"]
+    for _, got, collectives in told:
+        assert got == [False, False]
+        assert collectives == 1
+
+
+def test_one_that_fails_is_enough(capable: Callable[..., None]) -> None:
+    capable({}, {2}, [7] * RANKS)
+    told = run_threads(RANKS, asked)
+    assert told[2][0] == "symmetric memory: no such memory"
+    assert [refusal for refusal, _, _ in told[:2]] == ["rank 2 refused"] * 2
+    assert all(got == [False, False] for _, got, _ in told)
+
+
+def test_several_machines_do_not(capable: Callable[..., None]) -> None:
+    capable({}, set(), [7, 7, 8])
+    for refusal, got, _ in run_threads(RANKS, asked):
+        assert refusal == "the ranks are on several machines"
+        assert got == [False, False]
+
+
+def test_large_ones_ask_nobody(capable: Callable[..., None]) -> None:
+    capable({}, set(), [7] * RANKS)
+    for _, got, collectives in run_threads(RANKS, asked, 1, LARGEST // RANKS + 1):
+        assert got == [False]
+        assert collectives == 0
+
+
+def gathered(backend: Backend, in_line: bool) -> list[list[int]]:
+    """What an all_gather brings that may take the other way, three times."""
+    peers = PeerMemory(cast(TorchBackend, backend))
+    mine, everyone = torch.zeros(4, dtype=torch.uint8), torch.zeros(4 * RANKS, dtype=torch.uint8)
+    collective = PeerCollective(cast(TorchBackend, backend), peers, "all_gather", everyone, mine, 4 * (RANKS - 1))
+    seen = []
+    for call in range(3):
+        mine.fill_(10 * call + backend.rank)
+        collective.start(in_line=in_line).wait()
+        seen.append(everyone.view(RANKS, 4)[:, 0].tolist())
+    return seen
+
+
+@pytest.mark.parametrize("in_line", [True, False])
+def test_without_it_the_transport_is_used(capable: Callable[..., None], in_line: bool) -> None:
+    capable({0: "told not to"}, set(), [7] * RANKS)
+    for seen in run_threads(RANKS, gathered, in_line):
+        assert seen == [[10 * call + rank for rank in range(RANKS)] for call in range(3)]
+
+
+def test_a_machine_is_told_by_its_number() -> None:
+    assert peer_memory._machine() == peer_memory._machine()
+    assert 0 <= peer_memory._machine() < 2**48
+
+
+def test_who_gave_up_is_seen_by_the_host() -> None:
+    peers = run_threads(1, lambda backend: PeerMemory(cast(TorchBackend, backend)))[0]
+    assert not peers.given_up
+    peers.give_up()
+    assert peers.given_up

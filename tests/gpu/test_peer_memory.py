@@ -1,0 +1,265 @@
+"""Small collectives through peers' memory bring what NCCL brings, are used where they can be, and end without peers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from onebit.comm import Backend, CompressedAllreduce, TransportError, make_backend, run_threads
+from onebit.comm.gpu.exchange import Exchange, mailbox_bytes
+from onebit.comm.peer_memory import LARGEST, SWITCH
+from onebit.comm.torch_backend import TorchBackend
+from onebit.compress import Int8Codec, SignCodec
+from tests.comm.launcher import run_ranks
+from tests.comm.samples import bits, normal
+
+LIMIT = 0.3  # seconds
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+class OneDevice:
+    """Ranks that are streams of one device, each with its mailbox."""
+
+    def __init__(self, ranks: int, bytes: int, pieces: int) -> None:
+        size = mailbox_bytes(bytes, ranks)
+        self.mailboxes = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(ranks)]
+        self.addresses = torch.tensor([mailbox.data_ptr() for mailbox in self.mailboxes], device="cuda")
+        self.given_up = [torch.zeros(1, dtype=torch.int32, pin_memory=True) for _ in range(ranks)]
+        self.streams = [torch.cuda.Stream() for _ in range(ranks)]
+        device = torch.device("cuda", torch.cuda.current_device())
+        where = self.addresses.data_ptr()
+        self.exchanges = [
+            Exchange(where, rank, ranks, bytes, pieces, self.given_up[rank], device) for rank in range(ranks)
+        ]
+
+    def run(self, outputs: list[Tensor], inputs: list[Tensor], taking_part: list[int], limit: float = 20.0) -> None:
+        for rank in taking_part:
+            with torch.cuda.stream(self.streams[rank]):
+                self.exchanges[rank](outputs[rank], inputs[rank], limit)
+
+
+def rows(ranks: int, numel: int, skew: int) -> list[Tensor]:
+    """Random bytes of every rank, at addresses that are `skew` bytes off a multiple of 16."""
+    return [torch.randint(0, 256, (numel + skew,), dtype=torch.uint8, device="cuda")[skew:] for _ in range(ranks)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("bytes", [1, 16, 4096, 5000, 33792, 262144])
+@pytest.mark.parametrize("skew", [0, 1])
+@pytest.mark.parametrize("one_for_each", [True, False])
+def test_every_rank_gets_a_piece_of_every_rank(ranks: int, bytes: int, skew: int, one_for_each: bool) -> None:
+    pieces = ranks if one_for_each else 1
+    device = OneDevice(ranks, bytes, pieces)
+    torch.cuda.synchronize()
+    for call in range(5):  # both places of the mailbox, again and again
+        inputs, outputs = rows(ranks, pieces * bytes, skew), rows(ranks, ranks * bytes, skew)
+        torch.cuda.synchronize()
+        order = [(rank + call) % ranks for rank in range(ranks)]
+        device.run(outputs, inputs, order)
+        torch.cuda.synchronize()
+        for rank, got in enumerate(outputs):
+            own = rank if one_for_each else 0
+            expected = torch.cat([given[own * bytes :][:bytes] for given in inputs])
+            assert torch.equal(got, expected), f"call {call}, rank {rank}: {int((got != expected).sum())} bytes differ"
+        assert not any(int(flag) for flag in device.given_up)
+
+
+def test_calls_may_run_one_ahead() -> None:
+    """Nothing but the kernels themselves keeps a rank from overtaking another."""
+    ranks, bytes, calls = 3, 33792, 40
+    device = OneDevice(ranks, bytes, ranks)
+    inputs = [rows(ranks, ranks * bytes, 0) for _ in range(calls)]
+    outputs = [rows(ranks, ranks * bytes, 0) for _ in range(calls)]
+    torch.cuda.synchronize()
+    for call in range(calls):
+        device.run(outputs[call], inputs[call], [(rank + call) % ranks for rank in range(ranks)])
+        with torch.cuda.stream(device.streams[call % ranks]):
+            torch.cuda._sleep(200_000)  # this rank is late for the next
+    torch.cuda.synchronize()
+    for call in range(calls):
+        for rank, got in enumerate(outputs[call]):
+            assert torch.equal(got, torch.cat([x[rank * bytes :][:bytes] for x in inputs[call]])), (call, rank)
+
+
+def test_who_waits_in_vain_says_nan_and_waits_no_more() -> None:
+    device = OneDevice(3, 4096, 3)
+    inputs, outputs = rows(3, 3 * 4096, 0), rows(3, 3 * 4096, 0)
+    torch.cuda.synchronize()
+    start = time.monotonic()
+    device.run(outputs, inputs, [0, 1], LIMIT)
+    torch.cuda.synchronize()
+    took = time.monotonic() - start
+    assert LIMIT * 0.9 < took < 20 * LIMIT
+    for rank in (0, 1):
+        assert int(device.given_up[rank]) == 1
+        here, missing = outputs[rank].split([2 * 4096, 4096])
+        assert torch.equal(here, torch.cat([x[rank * 4096 :][:4096] for x in inputs[:2]]))
+        assert bool((missing == 255).all())
+    start = time.monotonic()
+    for _ in range(10):
+        device.run(outputs, inputs, [0, 1], 60.0)
+    torch.cuda.synchronize()
+    assert time.monotonic() - start < 10.0  # seconds, of the 600 that they might have waited
+
+
+def averages(backend: Backend) -> list[list[bytes]]:
+    """What small averages of several codecs give, call after call."""
+    device = "cuda" if backend.name == "nccl" else "cpu"
+    seen = []
+    for codec in (SignCodec(), SignCodec(block_size=64), Int8Codec()):
+        for numel in (1, 3000, 400_000):
+            x = torch.empty(numel, device=device)
+            reduce = CompressedAllreduce(x, backend, codec)
+            for call in range(4):
+                x.copy_(normal(backend.rank, call, numel=numel))
+                reduce(x)
+                seen.append(bits([x]))
+    return seen
+
+
+def refusal_of(backend: Backend) -> str | None:
+    assert isinstance(backend, TorchBackend)
+    assert backend.peers is not None
+    return backend.peers.refusal
+
+
+def check_bits(backend: Backend) -> tuple[list[list[bytes]], str | None]:
+    return averages(backend), refusal_of(backend)
+
+
+def check_bits_of_nccl(backend: Backend) -> tuple[list[list[bytes]], str | None]:
+    if backend.rank == 0:  # on one rank is on all
+        os.environ[SWITCH] = "0"
+    return check_bits(backend)
+
+
+@two_devices
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_averages_have_the_bits_that_they_have_elsewhere(ranks: int) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} CUDA devices")
+    by_peers, by_nccl = run_ranks("nccl", ranks, check_bits), run_ranks("nccl", ranks, check_bits_of_nccl)
+    on_cpu = run_threads(ranks, averages)
+    for rank in range(ranks):
+        assert by_peers[rank][1] is None, f"peers' memory was not used: {by_peers[rank][1]}"
+        assert by_nccl[rank][1] == (f"{SWITCH}=0" if rank == 0 else "rank 0 refused")
+        assert by_peers[rank][0] == by_nccl[rank][0]
+        assert by_peers[rank][0] == on_cpu[rank]
+
+
+def check_graphs(backend: Backend) -> list[int]:
+    """Two averages, captured and replayed on streams of their own, and one called between; counts what differs."""
+    wrong = []
+    given = normal(backend.rank, numel=100_000).cuda()
+    xs = [torch.zeros_like(given) for _ in range(3)]
+    reduces = [CompressedAllreduce(x, backend) for x in xs]
+    plain = run_plain(backend, given)
+    graphs = []
+    for x, reduce in zip(xs[:2], reduces[:2], strict=True):
+        reduce(x)
+        reduce.residual.reset()
+        torch.cuda.synchronize()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            reduce(x)
+        reduce.residual.reset()
+    reduces[2](xs[2])
+    reduces[2].residual.reset()
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for x, graph, stream in zip(xs, graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                x.copy_(given)
+                graph.replay()
+        xs[2].copy_(given)
+        reduces[2](xs[2])
+        torch.cuda.synchronize()
+        expected = plain()
+        wrong += [int((x != expected).sum()) for x in xs]
+    return wrong
+
+
+def run_plain(backend: Backend, given: Tensor) -> Callable[[], Tensor]:
+    reduce = CompressedAllreduce(given, backend)
+
+    def run() -> Tensor:
+        x = given.clone()
+        reduce.start(x).wait()  # beside the stream, so by NCCL
+        return x
+
+    return run
+
+
+@two_devices
+def test_graphs_and_calls_on_several_streams_do_not_disturb_each_other() -> None:
+    for wrong in run_ranks("nccl", 2, check_graphs):
+        assert wrong == [0] * len(wrong)
+
+
+def check_memory(backend: Backend) -> list[int]:
+    """Bytes in use on the device after each of several averages has come and gone."""
+    used = []
+    for _ in range(12):
+        x = normal(backend.rank, numel=100_000).cuda()
+        CompressedAllreduce(x, backend)(x)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        used.append(total - free)
+    return used
+
+
+@two_devices
+def test_memory_of_averages_that_are_gone_comes_back() -> None:
+    for used in run_ranks("nccl", 2, check_memory):
+        assert used[-1] - used[3] <= 2**22, used  # two pieces of 2 MiB may wait to be freed
+
+
+def check_timeout(_: Backend) -> tuple[bool, str, float]:
+    backend = make_backend(torch.distributed.new_group(backend="nccl"), timeout=60.0)
+    x = normal(backend.rank).cuda()
+    reduce = CompressedAllreduce(x, backend)
+    reduce(x)
+    torch.cuda.synchronize()
+    backend.timeout = LIMIT
+    if backend.rank == 1:
+        time.sleep(10 * LIMIT)
+        return True, "", 0.0
+    start = time.monotonic()
+    reduce(x)
+    torch.cuda.synchronize()
+    took, all_nan = time.monotonic() - start, bool(x.isnan().all())
+    try:
+        reduce(x)
+    except TransportError as error:
+        return all_nan, str(error), took
+    return all_nan, "nothing", took
+
+
+@two_devices
+def test_without_a_peer_the_mean_is_nan_and_the_next_use_raises() -> None:
+    (all_nan, said, took), _ = run_ranks("nccl", 2, check_timeout)
+    assert all_nan
+    assert "rank 0" in said
+    assert "peers' memory" in said
+    assert LIMIT * 0.9 < took < 20 * LIMIT
+
+
+def check_large(backend: Backend) -> str | None:
+    x = normal(backend.rank, numel=16 * LARGEST).cuda()
+    CompressedAllreduce(x, backend)(x)
+    torch.cuda.synchronize()
+    assert isinstance(backend, TorchBackend)
+    assert backend.peers is not None
+    return "asked" if backend.peers._asked else None
+
+
+@two_devices
+def test_large_ones_are_left_to_nccl() -> None:
+    assert run_ranks("nccl", 2, check_large) == [None, None]
