@@ -43,7 +43,6 @@ class PeerMemory:
         self._backend = weakref.ref(backend)
         self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
         self._seen = self._given_up.numpy()  # the same memory, looked at before every collective
-        self._asked = False
         self.refusal: str | None = None
 
     @property
@@ -68,22 +67,22 @@ class PeerMemory:
         backend = self._backend()
         if backend is None or self.refusal is not None or bytes * backend.size > LARGEST:
             return None
-        if not self._asked:
-            self._asked = True
-            self._agree(backend, _refusal(backend))
+        self._agree(backend, _refusal(backend))
+        if self.refusal is not None:
+            return None
         made, problem = None, None
-        if self.refusal is None:
+        with backend.limited("peer memory"):
             torch.cuda.synchronize()
             _retired.clear()
             try:
                 made = _make(backend, bytes, pieces, self._given_up)
             except Exception as error:  # whatever PyTorch raises where the driver does not do it
                 problem = f"symmetric memory: {error}"
-            self._agree(backend, problem)
+        self._agree(backend, problem)
         return made if self.refusal is None else None
 
     def _agree(self, backend: TorchBackend, problem: str | None) -> None:
-        """Have the first problem of any rank become the refusal of all."""
+        """Have the first problem of any rank become the refusal of all; ends in an error if one of them is dead."""
         rows = gather_numbers(backend, [float(problem is not None), float(_machine())])
         troubled = [rank for rank, (trouble, _) in enumerate(rows) if trouble]
         if problem is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onebit.comm import Backend, CompressedAllreduce, TransportError, make_backend, run_threads
 from onebit.comm.gpu.exchange import Exchange, mailbox_bytes
-from onebit.comm.peer_memory import LARGEST, SWITCH
+from onebit.comm.peer_memory import LARGEST, SWITCH, PeerCollective
 from onebit.comm.torch_backend import TorchBackend
 from onebit.compress import Int8Codec, SignCodec
 from tests.comm.launcher import run_ranks
@@ -251,15 +251,19 @@ def test_without_a_peer_the_mean_is_nan_and_the_next_use_raises() -> None:
     assert LIMIT * 0.9 < took < 20 * LIMIT
 
 
-def check_large(backend: Backend) -> str | None:
-    x = normal(backend.rank, numel=16 * LARGEST).cuda()
-    CompressedAllreduce(x, backend)(x)
-    torch.cuda.synchronize()
-    assert isinstance(backend, TorchBackend)
-    assert backend.peers is not None
-    return "asked" if backend.peers._asked else None
+def check_large(backend: Backend) -> list[bool]:
+    """Whether averages, of more and of less than the limit, use peers' memory."""
+    used = []
+    for numel in (16 * LARGEST, LARGEST):
+        x = normal(backend.rank, numel=numel).cuda()
+        reduce = CompressedAllreduce(x, backend)
+        reduce(x)
+        collective = reduce._buckets[0]._all_to_all
+        assert isinstance(collective, PeerCollective)
+        used.append(collective._exchange is not None)
+    return used
 
 
 @two_devices
 def test_large_ones_are_left_to_nccl() -> None:
-    assert run_ranks("nccl", 2, check_large) == [None, None]
+    assert run_ranks("nccl", 2, check_large) == [[False, True]] * 2
