@@ -100,6 +100,7 @@ class CompressedWork:
             self._reduce()
         for bucket in self._buckets:
             if not self._received:
+                bucket.bring_home(self._stages)
                 self._receive(bucket)
             self._decode(bucket, rows)
         self._owner._done(self._given, rows)
@@ -111,6 +112,8 @@ class CompressedWork:
             TransportError: a peer is dead or too slow; the error feedback is as before to within rounding.
         """
         self._reduce()
+        for bucket in self._buckets:
+            bucket.bring_home(self._stages)
         for bucket in self._buckets:
             self._receive(bucket)
         self._received = True
@@ -212,8 +215,6 @@ class CompressedWork:
             self._buckets[index].send_on(self._stages)
         for index in sorted(self._to_pass_on):
             self.pass_on(index)
-        for bucket in self._buckets:
-            bucket.bring_home(self._stages)
 
     def _receive(self, bucket: Bucket) -> None:
         with self._stages[bucket.last_stage]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,6 +28,7 @@ from onebit.comm import (
     run_threads,
 )
 from onebit.comm.threads_backend import ThreadsBackend
+from onebit.comm.two_level import TwoLevelBucket, TwoLevelPart
 from onebit.compress import Int8Codec, SignCodec
 from tests.comm import oracle
 from tests.comm.launcher import needs_mpi, run_ranks
@@ -102,6 +105,33 @@ def assert_follows_the_oracle(per_rank: list[Seen], k: int) -> None:
                 assert np.all(np.abs(np.sum(workers, axis=0) - expected.worker[i][t]) <= slack), (call, t, i)
             server = server_parts([states[call] for _, states in per_rank])[t]
             assert np.all(np.abs(server - expected.server[t]) <= slack), (call, t, expected.closest)
+
+
+def test_a_bucket_is_decoded_before_the_next_has_come_from_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the link works on what is left meanwhile."""
+    seen: dict[int, list[str]] = defaultdict(list)
+
+    def note(kind: type, name: str) -> None:
+        real = getattr(kind, name)
+
+        def noted(self: object, *arguments: object) -> object:
+            seen[threading.get_ident()].append(name)
+            return real(self, *arguments)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    note(TwoLevelBucket, "bring_home")
+    note(TwoLevelPart, "decode")
+
+    def average(backend: Backend) -> int:
+        tensors = samples(backend.rank, 0)
+        reduce = CompressedAllreduce(tensors, backend, CODEC, local_group=2, bucket_mb=SMALL_BUCKET)
+        reduce(tensors)
+        return len(reduce.parts)
+
+    buckets = run_threads(4, average)[0]
+    assert buckets > 1
+    assert list(seen.values()) == [["bring_home", "decode"] * buckets] * 4
 
 
 @pytest.mark.parametrize("bucket_mb", [16.0, SMALL_BUCKET])
