@@ -16,6 +16,7 @@ from onebit.benchmarks.group import TORCH_BACKENDS
 from onebit.benchmarks.launch import Host, RankError, launch
 from onebit.benchmarks.namespaces import Namespace, NetworkError, shaped_hosts
 from onebit.benchmarks.sizes import parse_size, up_to
+from onebit.comm.peer_memory import SWITCH as PEER_MEMORY
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +89,7 @@ def rank_on(host: Namespace) -> Host:
     nccl = {"NCCL_SOCKET_IFNAME": host.interface, "NCCL_NET": "Socket", "NCCL_HOSTID": host.name}
     return Host(
         prefix=host.prefix,
-        environment={"GLOO_SOCKET_IFNAME": host.interface, **nccl},
+        environment={"GLOO_SOCKET_IFNAME": host.interface, **nccl, PEER_MEMORY: "0"},  # it would bridge the link
         arguments=(f"--interface={host.interface}",),
     )
 

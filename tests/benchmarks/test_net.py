@@ -149,6 +149,7 @@ def test_nccl_takes_a_namespace_for_a_host_and_its_link_for_the_only_way_out(
     assert hosts[0] == hosts[1] != hosts[2] == hosts[3]
     for rank in ranks:
         assert rank.environment["NCCL_NET"] == "Socket"
+        assert rank.environment["ONEBIT_PEER_MEMORY"] == "0"
         assert rank.arguments == (f"--interface={rank.environment['NCCL_SOCKET_IFNAME']}",)
 
 
