@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Sequence
-from ctypes import c_int, c_longlong, c_uint, c_void_p
+from ctypes import c_longlong, c_void_p
 from typing import Any
 
 import torch
 
 from onebit.compress.errors import OnebitError
-
-_SUCCESS = 0
 
 
 class Launch:
@@ -37,6 +34,7 @@ class Launch:
         self._values = (c_longlong * len(arguments))(*arguments)
         first = ctypes.addressof(self._values)
         self._pointers = (c_void_p * len(arguments))(*(first + 8 * i for i in range(len(arguments))))
+        self._arguments = ctypes.addressof(self._pointers)
         self._grid = (function, blocks, 1, 1, threads, 1, 1, 0)
 
     def __call__(self) -> None:
@@ -46,51 +44,36 @@ class Launch:
             OnebitError: the driver refused.
         """
         # A thread may have no context yet, or that of another device; torch.cuda.current_device() does not tell.
-        if current_context() == self._context:
+        current = self._driver.ctxGetCurrent()
+        if current == self._context:
             self._start()
             return
-        _check(self._driver.cuCtxPushCurrent_v2(self._context), "cuCtxPushCurrent")
+        self._driver.ctxSetCurrent(self._context)
         try:
             self._start()
         finally:
-            _check(self._driver.cuCtxPopCurrent_v2(ctypes.byref(c_void_p())), "cuCtxPopCurrent")
+            self._driver.ctxSetCurrent(current)
 
     def _start(self) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self._device)  # torch.cuda.current_stream() takes 2 µs longer
-        _check(self._driver.cuLaunchKernel(*self._grid, stream, self._pointers, None), "cuLaunchKernel")
+        try:
+            self._driver.launchKernel(*self._grid, stream, self._arguments, 0)
+        except self._driver.CUDADriverError as error:
+            raise OnebitError(
+                f"starting a kernel failed with {error}; an earlier kernel may be the cause, and "
+                "CUDA_LAUNCH_BLOCKING=1 shows which"
+            ) from error
 
 
-def current_context() -> int | None:
-    """Handle of the calling thread's context; None if it has none."""
-    context = c_void_p()
-    _check(driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
-    return context.value
+def current_context() -> int:
+    """Handle of the calling thread's context; 0 if it has none."""
+    context: int = driver().ctxGetCurrent()
+    return context
 
 
 @functools.cache
 def driver() -> Any:
-    """The CUDA driver's own library, which is there wherever torch has found a device."""
-    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    grid = [c_uint] * 7
-    signatures = {
-        "cuLaunchKernel": [c_void_p, *grid, c_void_p, c_void_p, c_void_p],
-        "cuCtxGetCurrent": [c_void_p],
-        "cuCtxPushCurrent_v2": [c_void_p],
-        "cuCtxPopCurrent_v2": [c_void_p],
-        "cuGetErrorName": [c_int, c_void_p],
-    }
-    for name, types in signatures.items():
-        getattr(library, name).argtypes = types
-    return library
+    """CuPy's bindings of the CUDA driver, compiled: a call by ctypes would take the host some 3 µs longer."""
+    from cupy.cuda import driver as bindings
 
-
-def _check(status: int, operation: str) -> None:
-    if status == _SUCCESS:
-        return
-    name = ctypes.c_char_p()
-    driver().cuGetErrorName(status, ctypes.byref(name))
-    reason = (name.value or b"an unknown error").decode()
-    raise OnebitError(
-        f"{operation} failed with {reason} ({status}); an earlier kernel may be the cause, and "
-        "CUDA_LAUNCH_BLOCKING=1 shows which"
-    )
+    return bindings

@@ -51,7 +51,7 @@ def _loaded(file: str | Path, kernel: str, device: int) -> tuple[Any, int]:
     with torch.cuda.device(device):
         function = _module(file, device).get_function(kernel)
         context = current_context()
-    assert context is not None, "loading a module makes its context the thread's"
+    assert context, "loading a module makes its context the thread's"
     return function, context
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,46 +14,34 @@ from onebit.compress.gpu import driver
 from onebit.compress.gpu.driver import Launch
 
 CONTEXT, OTHER_CONTEXT, FUNCTION, STREAM = 0x7F0000001000, 0x7F0000002000, 0x7F0000003000, 0x7F0000004000
-BAD_VALUE = 1
+ARGUMENTS = (7, 2**62, -1, True)
 
 
 class Driver:
-    """Remembers launches as (function, grid, stream, arguments, context), and has a stack of contexts per thread."""
+    """Remembers launches as (function, grid, stream, arguments, context), and has a context per thread, 0 for none."""
+
+    class CUDADriverError(RuntimeError):
+        pass
 
     def __init__(self) -> None:
-        self.launches: list[tuple[int, tuple[int, ...], int, list[int], int | None]] = []
-        self.status = 0
+        self.launches: list[tuple[int, tuple[int, ...], int, list[int], int]] = []
+        self.refuses = False
         self._thread = threading.local()
 
-    @property
-    def contexts(self) -> list[int]:
-        if not hasattr(self._thread, "contexts"):
-            self._thread.contexts = []
-        found: list[int] = self._thread.contexts
-        return found
+    def ctxGetCurrent(self) -> int:
+        return getattr(self._thread, "context", 0)
 
-    def cuCtxGetCurrent(self, out: Any) -> int:
-        ctypes.cast(out, ctypes.POINTER(ctypes.c_void_p))[0] = self.contexts[-1] if self.contexts else None
-        return 0
+    def ctxSetCurrent(self, context: int) -> None:
+        self._thread.context = context
 
-    def cuCtxPushCurrent_v2(self, context: int) -> int:
-        self.contexts.append(context)
-        return 0
-
-    def cuCtxPopCurrent_v2(self, out: Any) -> int:
-        self.contexts.pop()
-        return 0
-
-    def cuLaunchKernel(self, function: int, *rest: Any) -> int:
+    def launchKernel(self, function: int, *rest: int) -> None:
         *grid, _, stream, pointers, extra = rest
-        assert extra is None
-        values = [ctypes.c_longlong.from_address(p).value for p in pointers]
-        self.launches.append((function, tuple(grid), stream, values, self.contexts[-1] if self.contexts else None))
-        return self.status
-
-    def cuGetErrorName(self, status: int, out: Any) -> int:
-        ctypes.cast(out, ctypes.POINTER(ctypes.c_char_p))[0] = b"CUDA_ERROR_INVALID_VALUE"
-        return 0
+        assert extra == 0
+        places = [ctypes.c_void_p.from_address(pointers + 8 * i).value for i in range(len(ARGUMENTS))]
+        values = [ctypes.c_longlong.from_address(place or 0).value for place in places]
+        self.launches.append((function, tuple(grid), stream, values, self.ctxGetCurrent()))
+        if self.refuses:
+            raise self.CUDADriverError("CUDA_ERROR_INVALID_VALUE: invalid argument")
 
 
 @pytest.fixture
@@ -66,11 +53,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def launch(device: int = 0) -> Callable[[], None]:
-    return Launch(FUNCTION, CONTEXT, device, 3, 256, (7, 2**62, -1, True))
+    return Launch(FUNCTION, CONTEXT, device, 3, 256, ARGUMENTS)
 
 
 def test_every_argument_is_passed_as_64_bits(fake: Driver) -> None:
-    fake.contexts.append(CONTEXT)
+    fake.ctxSetCurrent(CONTEXT)
     start = launch(device=2)
     for _ in range(2):
         start()
@@ -78,30 +65,27 @@ def test_every_argument_is_passed_as_64_bits(fake: Driver) -> None:
     assert fake.launches == [expected] * 2
 
 
-@pytest.mark.parametrize("current", [None, OTHER_CONTEXT], ids=["no context", "that of another device"])
-def test_a_thread_with_another_context_launches_in_the_right_one_and_keeps_its_own(
-    fake: Driver, current: int | None
-) -> None:
+@pytest.mark.parametrize("current", [0, OTHER_CONTEXT], ids=["no context", "that of another device"])
+def test_a_thread_with_another_context_launches_in_the_right_one_and_keeps_its_own(fake: Driver, current: int) -> None:
     start = launch()
-    before: list[int] = [] if current is None else [current]
+    after: list[int] = []
 
     def run() -> None:
-        fake.contexts.extend(before)
+        fake.ctxSetCurrent(current)
         start()
-        after.extend(fake.contexts)
+        after.append(fake.ctxGetCurrent())
 
-    after: list[int] = []
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
     assert [made[-1] for made in fake.launches] == [CONTEXT]
-    assert after == before
+    assert after == [current]
 
 
 @pytest.mark.parametrize("current", [CONTEXT, OTHER_CONTEXT])
 def test_a_refusal_is_an_error_with_the_drivers_name_for_it(fake: Driver, current: int) -> None:
-    fake.contexts.append(current)
-    fake.status = BAD_VALUE
-    with pytest.raises(OnebitError, match=r"cuLaunchKernel failed with CUDA_ERROR_INVALID_VALUE \(1\)"):
+    fake.ctxSetCurrent(current)
+    fake.refuses = True
+    with pytest.raises(OnebitError, match="starting a kernel failed with CUDA_ERROR_INVALID_VALUE"):
         launch()()
-    assert fake.contexts == [current]
+    assert fake.ctxGetCurrent() == current
