@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 4 examples/train_gpt_hsdp.py --averages fsdp int8 int4 onebit-adam --steps 1000
 
 The runs are made one after the other, from the same weights and on the same samples. Each prints its held-out loss,
-what a rank has sent to other replicas, and its time; all of them become one JSON document. What onebit adds to FSDP is
-in `shard`.
+what a rank has sent to other replicas, and its time; all of them become one JSON document, with losses in training and
+norms of gradients. What onebit adds to FSDP is in `shard`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ranks import checksums, mean_over_ranks
 from study import add_settings, changes
 from study_plan import RECIPES, Run
 from study_tasks import Task, learning_rate_factor, make_task
-from study_train import evaluate, join, make_optimizer
+from study_train import VARIANTS, evaluate, join, make_optimizer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -38,7 +38,8 @@ from onebit.comm.stats import Stats, fp32_bytes
 from onebit.optim import OnebitAdam
 
 NATIVE = "fsdp"  # the average over replicas that FSDP makes by itself, in fp32
-ONEBIT = "onebit-adam"  # none, and an optimizer over this rank's shards that averages over replicas by itself
+ONEBIT = tuple(VARIANTS)  # none, and an optimizer over this rank's shards that averages over replicas by itself
+STRETCH = 25  # steps that are one point of a curve
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def shard(
             blocks[index] = torch.compile(blocks[index])
         fully_shard(blocks[index], mesh=mesh if native else mesh["shard"], mp_policy=policy)
     fully_shard(model, mesh=mesh if native else mesh["shard"], mp_policy=policy)
-    if average in (NATIVE, ONEBIT):
+    if native or average in ONEBIT:
         return None
     return compress_gradients(model, mesh["replicate"], parse_codec(average), start_step=start_step)
 
@@ -89,8 +90,8 @@ def train(
     hooks = shard(model, average, mesh, run.freeze_step, device, compiled)
     whole: Any = model
     replicas = make_backend(mesh.get_group("replicate"), device=device)
-    own = [nn.Parameter(part) for part in shards(model)] if average == ONEBIT else []  # the model's own memory
-    chosen = replace(run, optimizer=ONEBIT if own else run.optimizer)
+    own = [nn.Parameter(part) for part in shards(model)] if average in ONEBIT else []  # the model's own memory
+    chosen = replace(run, optimizer=average if own else run.optimizer)
     optimizer = make_optimizer(chosen, own or list(model.parameters()), replicas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, run))
     held_out = [(x.to(device), y.to(device)) for x, y in task.held_out()[world.rank :: world.size]]
@@ -98,6 +99,7 @@ def train(
     draw = torch.Generator().manual_seed(1_000_003 * run.seed)  # the same samples on all ranks, which share them out
     row: dict[str, Any] = {"case": average, "parameters": parameters, "steps": run.steps, "held_out": []}
     losses: list[Tensor] = []
+    norms: list[Tensor] = []
     stretches: list[float] = []
     since = 0
     start = began = clock(device)
@@ -106,12 +108,14 @@ def train(
         model.zero_grad()
         loss = task.loss(model, inputs, targets)
         loss.backward()
-        norm: Any = nn.utils.clip_grad_norm_(model.parameters(), math.inf if own or not run.clip else run.clip)
+        sharded: Any = nn.utils.clip_grad_norm_(model.parameters(), math.inf if own or not run.clip else run.clip)
+        norm: Tensor = sharded.full_tensor()
         if own:
-            hand_over(model, own, norm.full_tensor(), run.clip or math.inf, replicas)
+            norm = hand_over(model, own, norm, run.clip or math.inf, replicas)
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
+        norms.append(norm)
         if number + 1 in due:
             stretches.append((clock(device) - began) / (number + 1 - since))
             row["held_out"].append({"step": number + 1, "loss": evaluate(task, model, held_out, world, device)})
@@ -121,22 +125,35 @@ def train(
     row["seconds_per_step"] = {"first": stretches[0], "median": median(stretches[1:] or stretches)}
     row["loss"] = mean_over_ranks([torch.stack(losses[-100:]).mean().item()], world, device)[0]
     stats = optimizer.stats if isinstance(optimizer, OnebitAdam) else None if hooks is None else hooks.stats
+    row["curve"] = curve(losses, norms, world, device)
     row |= sent(stats, model, run, replicas)
     equal = len(set(checksums(shards(model), replicas))) == 1
     row["replicas_equal"] = mean_over_ranks([float(equal)], world, device) == [1.0]
     return row
 
 
-def hand_over(model: nn.Module, own: list[nn.Parameter], norm: Tensor, bound: float, replicas: Backend) -> None:
+def hand_over(model: nn.Module, own: list[nn.Parameter], norm: Tensor, bound: float, replicas: Backend) -> Tensor:
     """Give the optimizer this rank's shards of gradients, scaled by one factor for all replicas.
 
-    norm: of this replica's gradient; `bound` holds for the power mean of those of all replicas.
+    norm: of this replica's gradient; `bound` holds for the power mean of those of all replicas, which is returned.
     """
     squares = norm.square().reshape(1)
     replicas.all_reduce(squares).wait()
-    factor = (bound / (squares / replicas.size).sqrt()).clamp(max=1.0)
+    total = (squares / replicas.size).sqrt()
+    factor = (bound / total).clamp(max=1.0)
     for held, p in zip(own, model.parameters(), strict=True):
         held.grad = p.grad.to_local().mul_(factor) if isinstance(p.grad, DTensor) else None
+    return total.squeeze(0)
+
+
+def curve(losses: list[Tensor], norms: list[Tensor], world: Backend, device: torch.device) -> list[dict[str, float]]:
+    """Of each stretch its last step, the mean loss over ranks, and the mean and the largest norm before clipping."""
+    parts = [torch.stack(numbers).split(STRETCH) for numbers in (losses, norms)]
+    loss, norm = (mean_over_ranks([float(part.mean()) for part in listed], world, device) for listed in parts)
+    largest = [float(part.max()) for part in parts[1]]
+    steps = [min((number + 1) * STRETCH, len(losses)) for number in range(len(largest))]
+    names = ("step", "loss", "norm", "largest_norm")
+    return [dict(zip(names, point, strict=True)) for point in zip(steps, loss, norm, largest, strict=True)]
 
 
 def sent(stats: Stats | None, model: nn.Module, run: Run, replicas: Backend) -> dict[str, Any]:
@@ -178,7 +195,7 @@ def parse() -> argparse.Namespace:
         "--averages",
         nargs="+",
         default=[NATIVE, "int8"],
-        help=f"{NATIVE}, {ONEBIT}, or a codec as of onebit.benchmarks",
+        help=f"{NATIVE}, a codec as of onebit.benchmarks, or one of {', '.join(ONEBIT)}",
     )
     parser.add_argument("--replicas", type=int, default=2, help="the other ranks are shards")
     parser.add_argument("--seed", type=int, default=0)

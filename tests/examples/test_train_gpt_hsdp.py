@@ -35,6 +35,10 @@ def test_runs_differ_in_bytes_more_than_in_loss_and_replicas_stay_equal(tmp_path
     for name, row in rows.items():
         assert f"{name}: held-out loss {row['held_out'][-1]['loss']:.4f}" in done.stdout
         assert [point["step"] for point in row["held_out"]] == [STEPS // 2, STEPS]
+        assert [point["step"] for point in row["curve"]] == [STEPS]
+        # Gradients of random weights are longer than 1/10, and of so small a model shorter than 100.
+        assert 0.1 < row["curve"][0]["norm"] <= row["curve"][0]["largest_norm"] < 100
+        assert row["curve"][0]["loss"] > row["held_out"][-1]["loss"], name  # of all steps, the first ones included
         assert row["parameters"] == 2 * SHARD
         assert row["replicas_equal"], name
         # Twenty steps learn hardly more than which bytes there are, and no kind of average takes that away.

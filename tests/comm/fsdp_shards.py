@@ -1,0 +1,79 @@
+"""OnebitAdam over the shards of a model in `fully_shard`, beside a twin with copies of them and of their gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from onebit.comm import Backend
+from onebit.optim import OnebitAdam
+from tests.comm.fsdp_runs import hybrid_mesh, local
+from tests.comm.samples import bits
+
+FREEZE, STEPS = 4, 16
+SEEN = 8  # steps before the model is evaluated, after which FSDP has everything whole
+MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+KINDS = {"fp32": MixedPrecisionPolicy(), "bf16 products": MIXED}
+
+
+@dataclass
+class Shards:
+    """One rank's run.
+
+    Attributes:
+        model, twin: bits of what the model holds in the end, and of what the twin's optimizer has made.
+        losses: of every step, on this rank.
+        moved: parameters that are not where the optimizer knows them.
+    """
+
+    model: list[bytes]
+    twin: list[bytes]
+    losses: list[float]
+    moved: int
+
+
+def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, waits: bool = True) -> Shards:
+    """All ranks see other samples.
+
+    Args:
+        uneven: layers are wider by one element in turn, so that shards differ and lie at odd addresses.
+        waits: the host waits for the device after every step.
+    """
+    mesh = hybrid_mesh(device)
+    torch.manual_seed(1)
+    model: Any = nn.Sequential(
+        *(nn.Linear(width + uneven * (i % 2), width + uneven * (1 - i % 2)) for i in range(4))
+    ).to(device)
+    for layer in model:
+        fully_shard(layer, mesh=mesh["shard"], mp_policy=KINDS[kind])
+    fully_shard(model, mesh=mesh["shard"], mp_policy=KINDS[kind])
+    parameters = list(model.parameters())
+    own = [nn.Parameter(local(p).detach()) for p in parameters]
+    twin = [nn.Parameter(p.detach().clone()) for p in own]
+    group = mesh.get_group("replicate")
+    optimizers = [OnebitAdam(listed, lr=1e-2, freeze_step=FREEZE, backend=group) for listed in (own, twin)]
+    generator = torch.Generator().manual_seed(backend.rank)
+    batches = [torch.randn(16, width, generator=generator).to(device) for _ in range(STEPS)]
+    losses: list[Tensor] = []
+    for number, x in enumerate(batches):
+        model.zero_grad()
+        loss = (model(x).float() - x).square().mean()
+        loss.backward()
+        for held, copy, p in zip(own, twin, parameters, strict=True):
+            held.grad = local(p.grad)
+            copy.grad = held.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.detach())
+        if waits and device == "cuda":
+            torch.cuda.synchronize()
+        if number + 1 == SEEN:
+            with torch.no_grad():
+                model(x)
+            model.reshard()
+    moved = sum(local(p).data_ptr() != held.data_ptr() for p, held in zip(parameters, own, strict=True))
+    return Shards(bits([local(p) for p in parameters]), bits(twin), torch.stack(losses).tolist(), moved)

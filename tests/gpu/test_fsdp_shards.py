@@ -1,0 +1,47 @@
+"""1-bit Adam over replicas of shards on GPUs: the model holds what the optimizer made, also where no host waits."""
+
+from __future__ import annotations
+
+import functools
+from itertools import product
+
+import pytest
+import torch
+
+from onebit.comm import Backend
+from tests.comm.fsdp_shards import KINDS, Shards, train
+from tests.comm.launcher import run_ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+SIZES = [
+    pytest.param(2, id="2 replicas of 1"),
+    pytest.param(4, id="2 of 2", marks=pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs 4 GPUs")),
+]
+UNEVEN = {"whole blocks": False, "uneven": True}
+Run = tuple[str, str, bool]
+
+
+def all_runs(backend: Backend) -> dict[Run, Shards]:
+    return {
+        (kind, shape, waits): train(backend, "cuda", kind, 1024, UNEVEN[shape], waits)
+        for kind, shape, waits in product(KINDS, UNEVEN, (False, True))
+    }
+
+
+@functools.cache
+def seen(world_size: int) -> list[dict[Run, Shards]]:
+    return run_ranks("nccl", world_size, all_runs, timeout=240.0)
+
+
+@pytest.mark.parametrize("shape", UNEVEN)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", SIZES)
+def test_the_model_holds_what_the_optimizer_has_made_of_its_gradients(world_size: int, kind: str, shape: str) -> None:
+    for rank, runs in enumerate(seen(world_size)):
+        ahead, waiting = (runs[kind, shape, waits] for waits in (False, True))
+        same = [a == b for a, b in zip(ahead.model, ahead.twin, strict=True)]
+        assert not ahead.moved, rank
+        assert all(same), (rank, same, ahead.losses)
+        assert ahead.model == seen(world_size)[rank % (world_size // 2)][kind, shape, False].model, rank
+        assert ahead.model == waiting.model, (rank, ahead.losses, waiting.losses)
+        assert ahead.losses[-1] < ahead.losses[0], ahead.losses
