@@ -37,7 +37,7 @@ class Shards:
 
 
 def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, waits: bool = True) -> Shards:
-    """All ranks see other samples.
+    """All ranks see other samples; the wider the layers, the smaller the learning rate.
 
     Args:
         uneven: layers are wider by one element in turn, so that shards differ and lie at odd addresses.
@@ -55,7 +55,7 @@ def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, wa
     own = [nn.Parameter(local(p).detach()) for p in parameters]
     twin = [nn.Parameter(p.detach().clone()) for p in own]
     group = mesh.get_group("replicate")
-    optimizers = [OnebitAdam(listed, lr=1e-2, freeze_step=FREEZE, backend=group) for listed in (own, twin)]
+    optimizers = [OnebitAdam(listed, lr=0.32 / width, freeze_step=FREEZE, backend=group) for listed in (own, twin)]
     generator = torch.Generator().manual_seed(backend.rank)
     batches = [torch.randn(16, width, generator=generator).to(device) for _ in range(STEPS)]
     losses: list[Tensor] = []
