@@ -104,7 +104,7 @@ __device__ __forceinline__ void encode_spans(
 #pragma unroll 1
         for (int tile = 0; tile < TILES && tile < span.tiles; tile++) most = max(most, largest_of(v[tile]));
     }
-    most = largest_over_lanes(most);
+    most = __reduce_max_sync(ALL, most);
     Steps steps = steps_of<F, ROTATE>(most);
     if (lane == 0) *scale = steps.scale;
     for (int first = 0; first < tiles; first += TILES) {
@@ -117,6 +117,8 @@ __device__ __forceinline__ void encode_spans(
             for (int row = 0; row < ROWS; row++)
                 if (in_block(first + tile, row, lane, block_size))
                     rows_at<F>(codes)[32 * (ROWS * (first + tile) + row) + lane] = rows[row];
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) values_of<F>(rows[row], steps.scale, v[tile][row]);
         }
         if (residual == nullptr || is_broken<ROTATE>(most)) continue;
         if (ROTATE) hadamard<TILES>(v, block_size, lane);

@@ -21,7 +21,20 @@ __device__ __forceinline__ void add_residual(float c[ROWS][4], const float* resi
     for (int i = 0; i < 4 * ROWS; i++) c[i / 4][i % 4] = __fadd_rn(c[i / 4][i % 4], old[i / 4][i % 4]);
 }
 
-// From c = value + residual: write the scale, the codes, and what they do not say.
+// residual <- c - v
+__device__ __forceinline__ void store_rest(
+    const float c[ROWS][4], const float v[ROWS][4], float* residual, int lane) {
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        float rest[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) rest[k] = __fsub_rn(c[row][k], v[row][k]);
+        store4(residual + 128 * row + 4 * lane, rest[0], rest[1], rest[2], rest[3]);
+    }
+}
+
+// From c = value + residual: write the scale, the codes, and what they do not say. That is worked out from the codes, if
+// there is a residual: numbers kept for it would leave registers for half the warps.
 template <typename F, bool ROTATE>
 __device__ __forceinline__ void finish(
     const float c[ROWS][4], float* residual, u8* codes, float* scale, Rounding rounding, int lane) {
@@ -29,7 +42,7 @@ __device__ __forceinline__ void finish(
 #pragma unroll
     for (int i = 0; i < 4 * ROWS; i++) v[0][i / 4][i % 4] = c[i / 4][i % 4];
     if (ROTATE) hadamard<1>(v, TILE, lane);
-    u32 most = largest_over_lanes(largest_of(v[0]));
+    u32 most = __reduce_max_sync(ALL, largest_of(v[0]));
     Steps steps = steps_of<F, ROTATE>(most);
     if (lane == 0) *scale = steps.scale;
     typename F::row rows[ROWS];
@@ -37,14 +50,10 @@ __device__ __forceinline__ void finish(
 #pragma unroll
     for (int row = 0; row < ROWS; row++) rows_at<F>(codes)[32 * row + lane] = rows[row];
     if (residual == nullptr || is_broken<ROTATE>(most)) return;
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) values_of<F>(rows[row], steps.scale, v[0][row]);
     if (ROTATE) hadamard<1>(v, TILE, lane);
-#pragma unroll
-    for (int row = 0; row < ROWS; row++) {
-        float rest[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) rest[k] = __fsub_rn(c[row][k], v[0][row][k]);
-        store4(residual + 128 * row + 4 * lane, rest[0], rest[1], rest[2], rest[3]);
-    }
+    store_rest(c, v[0], residual, lane);
 }
 
 template <typename F, bool ROTATE, typename T>
@@ -76,32 +85,56 @@ __device__ __forceinline__ void reduce_encode_full(
         i64 at = block * code_bytes<F>(TILE);
         const float* scales = scales_at(payloads, sizes) + block;
         i64 stride = sizes.payload_bytes / 4;
-        float sum[1][ROWS][4];
-        typename F::row next[ROWS];
-        load_codes<F>(payloads + at, next, lane);
-        float next_scale = scales[0];
-        for (int rank = 0; rank < (int)ranks; rank++) {
-            typename F::row rows[ROWS];
+        auto load = [&](int rank, typename F::row rows[ROWS], float& scale) {
+            load_codes<F>(payloads + rank * sizes.payload_bytes + at, rows, lane);
+            scale = scales[rank * stride];
+        };
+        float sum[1][ROWS][4], scale, next_scale;
+        typename F::row rows[ROWS], next[ROWS];
+        load(0, rows, scale);
+        if ((int)ranks > 1) load(1, next, next_scale);
+        float share = __fdiv_rn(scale, float((int)ranks));
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) values_of<F>(rows[row], share, sum[0][row]);
+        for (int rank = 1; rank < (int)ranks; rank++) {
 #pragma unroll
             for (int row = 0; row < ROWS; row++) rows[row] = next[row];
-            float share = __fdiv_rn(next_scale, float((int)ranks));
-            if (rank + 1 < (int)ranks) {
-                load_codes<F>(payloads + (rank + 1) * sizes.payload_bytes + at, next, lane);
-                next_scale = scales[(rank + 1) * stride];
-            }
+            share = __fdiv_rn(next_scale, float((int)ranks));
+            if (rank + 1 < (int)ranks) load(rank + 1, next, next_scale);
 #pragma unroll
-            for (int row = 0; row < ROWS; row++) {
-                if (rank == 0)
-                    values_of<F>(rows[row], share, sum[0][row]);
-                else
-                    add_values_of<F>(rows[row], share, sum[0][row]);
-            }
+            for (int row = 0; row < ROWS; row++) add_values_of<F>(rows[row], share, sum[0][row]);
         }
         if (ROTATE) hadamard<1>(sum, TILE, lane);
         float* r = residual == nullptr ? nullptr : residual + block * TILE;
         add_residual(sum[0], r, lane);  // loaded as late as this, it leaves registers for more warps
         finish<F, ROTATE>(sum[0], r, out + at, scales_at(out, sizes) + block, rounding, lane);
     }
+}
+
+// Four numbers at `x`; what is no number becomes whichever NaN the conversion gives.
+__device__ __forceinline__ void store_rounded(f32, float* x, const float v[4]) { store4(x, v[0], v[1], v[2], v[3]); }
+__device__ __forceinline__ void store_words(u16* x, u32 low, u32 high) {
+    __stcs(reinterpret_cast<int2*>(x), int2{int(low), int(high)});
+}
+__device__ __forceinline__ void store_rounded(bf16, u16* x, const float v[4]) {
+    u32 low, high;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(v[1]), "f"(v[0]));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(v[3]), "f"(v[2]));
+    store_words(x, low, high);
+}
+__device__ __forceinline__ void store_rounded(f16, u16* x, const float v[4]) {
+    u32 low, high;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(v[1]), "f"(v[0]));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(v[3]), "f"(v[2]));
+    store_words(x, low, high);
+}
+
+// A block whose scale is NaN.
+template <typename T>
+__device__ __forceinline__ void store_unknown(T type, typename T::raw* x, int lane) {
+    typename T::raw nan = narrow(type, __uint_as_float(NAN_BITS));
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) store4(x + 128 * row + 4 * lane, nan, nan, nan, nan);
 }
 
 // A warp takes two blocks at a time: writing one hides the wait for the next one's codes.
@@ -123,18 +156,17 @@ __device__ __forceinline__ void decode_full(const u8* payloads, const Entry* ent
         }
 #pragma unroll
         for (int k = 0; k < 2; k++) {
+            typename T::raw* x = reinterpret_cast<typename T::raw*>(entry[k].address);
+            if (scale[k] != scale[k]) {
+                store_unknown(T(), x, lane);
+                continue;
+            }
             float v[1][ROWS][4];
 #pragma unroll
             for (int row = 0; row < ROWS; row++) values_of<F>(rows[k][row], scale[k], v[0][row]);
             if (ROTATE) hadamard<1>(v, TILE, lane);
-            typename T::raw* x = reinterpret_cast<typename T::raw*>(entry[k].address);
 #pragma unroll
-            for (int row = 0; row < ROWS; row++) {
-                typename T::raw w[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) w[i] = narrow(T(), known(v[0][row][i], scale[k]));
-                store4(x + 128 * row + 4 * lane, w[0], w[1], w[2], w[3]);
-            }
+            for (int row = 0; row < ROWS; row++) store_rounded(T(), x + 128 * row + 4 * lane, v[0][row]);
         }
     }
 }

@@ -22,6 +22,8 @@ __device__ __forceinline__ void hold(i64 block_size, Visit visit) {
 }
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+// So many thread blocks are to fit on a multiprocessor: as many as leave the registers that a block of numbers needs.
+#define KERNEL_OF(THREAD_BLOCKS) extern "C" __global__ void __launch_bounds__(THREADS, THREAD_BLOCKS)
 #define SIZES_ARGUMENTS i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes
 #define SIZES Sizes{chunk_blocks, bits_bytes, payload_bytes}
 #define ROUNDING_ARGUMENTS i64 stochastic, i64 seed
@@ -30,7 +32,7 @@ __device__ __forceinline__ void hold(i64 block_size, Visit visit) {
     hold<ROTATE>(block_size, [&](auto held) { constexpr int TILES = decltype(held)::AT_ONCE; CALL; })
 
 #define TENSOR_KERNELS(F, ROTATE, T)                                                                             \
-    KERNEL encode_full_##T(                                                                                      \
+    KERNEL_OF(ROTATE ? 2 : 4) encode_full_##T(                                                                   \
         const Entry* entries, i64 n, float* residual, u8* out, SIZES_ARGUMENTS, ROUNDING_ARGUMENTS) {            \
         encode_full<F, ROTATE, T>(entries, n, residual, out, SIZES, ROUNDING);                                   \
     }                                                                                                            \
@@ -40,7 +42,8 @@ __device__ __forceinline__ void hold(i64 block_size, Visit visit) {
         BY_HELD(F, ROTATE, (encode_any<F, ROTATE, TILES, T>(                                                     \
             entries, n, residual, mask, out, SIZES, (int)block_size, ROUNDING)));                                \
     }                                                                                                            \
-    KERNEL decode_full_##T(const u8* payloads, const Entry* entries, i64 n, SIZES_ARGUMENTS) {                   \
+    KERNEL_OF(4) decode_full_##T(                                                                                \
+        const u8* payloads, const Entry* entries, i64 n, SIZES_ARGUMENTS) {                                      \
         decode_full<F, ROTATE, T>(payloads, entries, n, SIZES);                                                  \
     }                                                                                                            \
     KERNEL decode_##T(                                                                                           \
@@ -52,7 +55,7 @@ __device__ __forceinline__ void hold(i64 block_size, Visit visit) {
     TENSOR_KERNELS(F, ROTATE, f32)                                                                               \
     TENSOR_KERNELS(F, ROTATE, bf16)                                                                              \
     TENSOR_KERNELS(F, ROTATE, f16)                                                                               \
-    KERNEL reduce_encode_full(                                                                                   \
+    KERNEL_OF(ROTATE ? 2 : 3) reduce_encode_full(                                                                \
         const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, u8* out, SIZES_ARGUMENTS,   \
         ROUNDING_ARGUMENTS) {                                                                                    \
         reduce_encode_full<F, ROTATE>(payloads, ranks, entries, n, residual, out, SIZES, ROUNDING);              \

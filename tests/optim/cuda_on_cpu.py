@@ -52,6 +52,19 @@ static float __fsqrt_rn(float a) { return std::sqrt(a); }
 template <class T> static T __shfl_xor_sync(unsigned, T, int) { abort(); }
 static float cvt_f32_f16(half bits) { return (float)same_bits<_Float16>(bits); }
 static half cvt_rn_f16_f32(float number) { return same_bits<half>((_Float16)number); }
+static unsigned cvt_rn_f16x2_f32(float high, float low) { return cvt_rn_f16_f32(high) << 16 | cvt_rn_f16_f32(low); }
+static unsigned bfloat(float a) {
+    unsigned word = same_bits<unsigned>(a);
+    return a != a ? 0x7FFF : (word + 0x7FFF + (word >> 16 & 1)) >> 16;
+}
+static unsigned cvt_rn_bf16x2_f32(float high, float low) { return bfloat(high) << 16 | bfloat(low); }
+static float max_NaN_f32(float a, float b) { return a != a || b != b ? same_bits<float>(0x7FFFFFFFu) : std::max(a, b); }
+static unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    unsigned long long both = (unsigned long long)high << 32 | low;
+    unsigned taken = 0;
+    for (int k = 0; k < 4; k++) taken |= unsigned(both >> 8 * (selector >> 4 * k & 7) & 0xFF) << 8 * k;
+    return taken;
+}
 static float sqrt_approx_f32(float a) { return std::sqrt(a); }
 static float div_approx_f32(float a, float b) { return a / b; }
 """

@@ -41,6 +41,14 @@ static unsigned __ballot_sync(unsigned, bool vote) {
     give_way();
     return votes;
 }
+static unsigned __reduce_max_sync(unsigned, unsigned value) {
+    given[threadIdx.x % 32] = value;
+    give_way();
+    unsigned most = 0;
+    for (int lane = 0; lane < 32; lane++) most = max(most, unsigned(given[lane]));
+    give_way();
+    return most;
+}
 static bool __all_sync(unsigned all, bool vote) { return __ballot_sync(all, vote) == all; }
 static int __popc(unsigned word) { return __builtin_popcount(word); }
 static double __longlong_as_double(long long word) { return same_bits<double>(word); }
