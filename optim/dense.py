@@ -1,9 +1,11 @@
-"""Every rank's gradients of one group averaged in fp32, with who has one."""
+"""Every rank's gradients of one group averaged in fp32, with who has one; and the exchange of a step on them."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from torch import Tensor
 from onebit.comm import DenseWork, MismatchError
 from onebit.comm.tensors import all_finite
 from onebit.optim.exchange import GroupReducers
+
+if TYPE_CHECKING:
+    from onebit.optim.base import CompressedOptimizer
 
 
 class MeanGradients:
@@ -168,3 +173,50 @@ class MeanGradients:
                 f"{round(numbers[partly] * backend.size)} of {backend.size} ranks, expected all or "
                 "none; do not drop gradients between backward and step"
             )
+
+
+class MeanExchange(ABC):
+    """The staged exchange of a step on mean gradients; a subclass says what is made of them.
+
+    Args:
+        optimizer, group, reducers: whose step it is.
+        note: what travels along, as of `MeanGradients`.
+
+    Attributes:
+        sending: as of `onebit.optim.exchange.StagedExchange`.
+    """
+
+    def __init__(
+        self,
+        optimizer: CompressedOptimizer,
+        group: dict[str, Any],
+        reducers: GroupReducers,
+        note: Tensor | None = None,
+    ) -> None:
+        self._optimizer = optimizer
+        self._group = group
+        self._reducers = reducers
+        self._mean = self.sending = MeanGradients(
+            group["params"], optimizer._gradients(group), reducers, note, averaged=optimizer.gradients_averaged
+        )
+
+    def all_finite(self) -> Tensor:
+        """0-dim bool, the same on every rank."""
+        return self._mean.all_finite()
+
+    def undo(self) -> None:
+        """Nothing was changed."""
+        self._mean.cancel()
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Make the step; the group's step count is already that of the step."""
+
+    def _used(self) -> list[int]:
+        """Which of the group's parameters some rank has a gradient for."""
+        return [i for i, present in enumerate(self._mean.present) if present]
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """These parameters, and their mean gradients."""
+        used = self._used()
+        return [self._group["params"][i] for i in used], [self._mean.means[i] for i in used]

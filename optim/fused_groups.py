@@ -100,10 +100,24 @@ class FusedGroups(CompressedOptimizer):
         self._fused.pop(reducers, None)
         reducers.renew()
 
+    def _known_gradients(
+        self, group: Mapping[str, Any], reducers: GroupReducers, known: Known
+    ) -> Sequence[Tensor | None]:
+        """This rank's gradients of the parameters that have a variance; of others it says what is to be said."""
+        gradients = self._gradients(group)
+        if self._leaves_others(group):
+            known.warn_of_others(gradients, reducers)
+        return known.of(gradients)
+
     def _look_at_others(
         self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
     ) -> None:
-        self._known(group).warn_of_others(gradients, reducers)
+        if self._leaves_others(group):
+            self._known(group).warn_of_others(gradients, reducers)
+
+    def _leaves_others(self, group: Mapping[str, Any]) -> bool:
+        """Whether a parameter of the group without a variance gets none by a step that is sure to come."""
+        return True
 
     def _unfuse(self, group: Mapping[str, Any], reducers: GroupReducers) -> None:
         """Have the momentum in the states, in fp32; the next fused step starts from there."""

@@ -57,6 +57,17 @@ class Layers:
         self.coeff[rows] = self.coeff_mean[rows] / self.coeff_weight[rows]
 
 
+def update_moments(
+    momenta: list[Tensor], variances: list[Tensor], gradients: list[Tensor], group: Mapping[str, Any]
+) -> None:
+    """m <- β₁·m ± (1-β₁)·g and v <- β₂·v + (1-β₂)·g², in place."""
+    beta1, beta2 = group["betas"]
+    torch._foreach_mul_(momenta, beta1)
+    torch._foreach_add_(momenta, gradients, alpha=(beta1 - 1) if group["maximize"] else (1 - beta1))
+    torch._foreach_mul_(variances, beta2)
+    torch._foreach_addcmul_(variances, gradients, gradients, 1 - beta2)
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """(k,) fp32: the Euclidean norm of every tensor, of which there is at least one.
 

@@ -98,10 +98,7 @@ def local_step(
     Args:
         params: fp32, bf16 or fp16; overwritten.
         starts: y, fp32.
-        means: a, fp32, this step included.
-        variances: v, fp32.
-        reach: this step included.
-        eps: ε.
+        means, variances, reach, eps: as for `move`, this step included.
     """
     values = [p if p.dtype == torch.float32 else torch.empty_like(y) for p, y in zip(params, starts, strict=True)]
     torch._foreach_copy_(values, starts)
@@ -109,28 +106,16 @@ def local_step(
     write_back(params, values)
 
 
-def sync_step(
-    params: Sequence[Tensor],
-    starts: list[Tensor],
-    means: list[Tensor],
-    variances: list[Tensor],
-    reach: Reach,
-    eps: float,
-) -> None:
-    """Move the parameters from where the ranks last met by the mean of the interval over all ranks.
+def move(values: list[Tensor], means: list[Tensor], variances: list[Tensor], reach: Reach, eps: float) -> None:
+    """x <- kept·x - Σγ·a / (√v/root + ε), in place.
 
     Args:
-        params: fp32, bf16 or fp16; overwritten.
-        starts: y, fp32; overwritten by the new parameters, of which they may be the storage.
-        means: a, fp32, the same on every rank.
-        variances, reach, eps: as for `local_step`.
+        values: x, fp32, as it was when the ranks last met.
+        means: a, fp32.
+        variances: v, fp32.
+        reach: of the parameters.
+        eps: ε.
     """
-    move(starts, means, variances, reach, eps)
-    write_back(params, starts)
-
-
-def move(values: list[Tensor], means: list[Tensor], variances: list[Tensor], reach: Reach, eps: float) -> None:
-    """x <- kept·x - Σγ·a / (√v/root + ε), in place."""
     spread = torch._foreach_sqrt(variances)
     torch._foreach_div_(spread, reach.roots)
     torch._foreach_add_(spread, eps)

@@ -10,15 +10,16 @@ from torch import Tensor
 from onebit.comm.levels import LocalGroup
 from onebit.compress import Codec
 from onebit.optim.adam_steps import dense_step, move, take_in
-from onebit.optim.dense import MeanGradients
+from onebit.optim.dense import MeanExchange
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import frozen_since
+from onebit.optim.known import Known
 from onebit.optim.master import fp32_values
 from onebit.optim.moments import adam_state, local_momenta
 from onebit.optim.options import check_count, check_flags
 from onebit.optim.sharding import Sharding
 from onebit.optim.sliced_steps import SlicedCompressed, SlicedDense, SlicedRefresh
-from onebit.optim.staged import StagedAverage
+from onebit.optim.staged import CompressedExchange
 from onebit.optim.state_keys import EXTRA
 from onebit.optim.warmup import WarmupStep
 
@@ -149,9 +150,10 @@ class OnebitAdam(Sharding):
         if phase == "compressed" and slices is not None:
             return SlicedCompressed(self, group, reducers, slices)
         if phase == "compressed":
-            frozen = _Frozen(self, group, reducers)
-            fused = self._fused_step(group, reducers, frozen.known, frozen.own_gradients)
-            return _Compressed(self, frozen, reducers) if fused is None else fused
+            known = self._known(group)
+            gradients = self._known_gradients(group, reducers, known)
+            fused = self._fused_step(group, reducers, known, gradients)
+            return _Compressed(self, group, reducers, known, gradients) if fused is None else fused
         self._unfuse(group, reducers)
         self._forget_dead(reducers)
         if phase == "refresh":
@@ -163,96 +165,51 @@ class OnebitAdam(Sharding):
 class _Dense(WarmupStep):
     """Adam's own step on gradients averaged in fp32."""
 
-    def _update(self, used: Sequence[int]) -> None:
-        group = self._group
-        params = [group["params"][i] for i in used]
-        states = [adam_state(self._optimizer.state, p) for p in params]
-        means = [self._mean.means[i] for i in used]
-        dense_step(group, params, states, means)
+    def _update(self, params: Sequence[Tensor], means: list[Tensor]) -> None:
+        dense_step(self._group, params, [adam_state(self._optimizer.state, p) for p in params], means)
 
 
-class _Frozen:
-    """The parameters of a group that have a variance, after the freeze; the others are left alone.
-
-    Attributes:
-        indices: which of the group's parameters they are.
-        params, states: they, and their states.
-        gradients: this rank's own, one per parameter of the group.
-    """
-
-    def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self.group = group
-        self.gradients = optimizer._gradients(group)
-        self.known = optimizer._known(group)
-        self.known.warn_of_others(self.gradients, reducers)
-        self.own_gradients = self.known.of(self.gradients)
-        self.params, self.states = self.known.params, self.known.states
-
-    def momenta(self) -> list[Tensor]:
-        return [s["exp_avg"] for s in self.states]
-
-    def local_momenta(self, indices: Sequence[int]) -> list[Tensor]:
-        """Those of this rank of some of the parameters, with the gradients that there are now."""
-        states = [self.states[i] for i in indices]
-        values = fp32_values([self.params[i] for i in indices], states, self.group)
-        gradients = [self.own_gradients[i] for i in indices]
-        return local_momenta([s["exp_avg"] for s in states], gradients, values, self.group)
-
-    def variances(self) -> list[Tensor]:
-        return [s["exp_avg_sq"] for s in self.states]
-
-    def update(self) -> None:
-        if self.params:
-            move(self.group, self.params, self.states)
-
-
-class _Compressed:
+class _Compressed(CompressedExchange):
     """Momentum averaged in one bit per entry over a frozen variance, by torch's operations."""
 
-    def __init__(self, optimizer: OnebitAdam, frozen: _Frozen, reducers: GroupReducers) -> None:
-        self._frozen = frozen
-        like = frozen.variances()
-        reduce = optimizer._average_of(reducers, like)
-        self._average = StagedAverage(reduce, like, frozen.local_momenta, frozen.known.indices)
-        self.sending = self._average.sending
-
-    def all_finite(self) -> Tensor:
-        return self._average.all_finite()
-
-    def undo(self) -> None:
-        self._average.undo()
+    def __init__(
+        self,
+        optimizer: OnebitAdam,
+        group: dict[str, Any],
+        reducers: GroupReducers,
+        known: Known,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        self._group = group
+        self._params, self._states = known.params, known.states
+        self._gradients = gradients
+        variances = [s["exp_avg_sq"] for s in self._states]
+        super().__init__(optimizer._average_of(reducers, variances), variances, known.indices)
 
     def commit(self) -> None:
-        self._average.decode(self._frozen.momenta())
-        self._frozen.update()
+        self._decode([s["exp_avg"] for s in self._states])
+        if self._params:
+            move(self._group, self._params, self._states)
+
+    def _local_momenta(self, indices: Sequence[int]) -> list[Tensor]:
+        states = [self._states[i] for i in indices]
+        values = fp32_values([self._params[i] for i in indices], states, self._group)
+        gradients = [self._gradients[i] for i in indices]
+        return local_momenta([s["exp_avg"] for s in states], gradients, values, self._group)
 
 
-class _Refresh:
+class _Refresh(MeanExchange):
     """Momentum and variance from gradients averaged in fp32; error feedback waits for the next compressed step.
 
     A parameter without a variance that some rank has a gradient for gets one and takes part from then on. What is
     averaged compressed is another list of tensors then, so error feedback starts anew.
     """
 
-    def __init__(self, optimizer: OnebitAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._optimizer = optimizer
-        self._group = group
-        self._reducers = reducers
-        gradients = optimizer._gradients(group)
-        averaged = optimizer.gradients_averaged
-        self._mean = self.sending = MeanGradients(group["params"], gradients, reducers, averaged=averaged)
-
-    def all_finite(self) -> Tensor:
-        return self._mean.all_finite()
-
-    def undo(self) -> None:
-        """Nothing was changed."""
-        self._mean.cancel()
+    _optimizer: OnebitAdam
 
     def commit(self) -> None:
         optimizer, group, mean = self._optimizer, self._group, self._mean
-        present = [p for p, here in zip(group["params"], mean.present, strict=True) if here]
-        late = [p for p in present if "exp_avg_sq" not in optimizer.state.get(p, {})]
+        late = [p for p in self._pairs()[0] if "exp_avg_sq" not in optimizer.state.get(p, {})]
         for p in late:
             adam_state(optimizer.state, p)
         if late:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm.levels import LocalGroup
-from onebit.compress import Codec, InputError
+from onebit.compress import Codec
 from onebit.optim import lamb
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freezing import Freezing
@@ -18,7 +18,9 @@ from onebit.optim.fused_rates import FusedRates
 from onebit.optim.kernels import StepKernels
 from onebit.optim.master import fp32_values, write_back
 from onebit.optim.moments import adam_state, corrections, dead_masks, local_momenta
-from onebit.optim.staged import StagedAverage
+from onebit.optim.options import check_lamb_options
+from onebit.optim.refusals import refuse_without_coefficients
+from onebit.optim.staged import CompressedExchange
 from onebit.optim.state_keys import LAYERWISE
 from onebit.optim.warmup import WarmupStep
 
@@ -185,7 +187,7 @@ class OnebitLamb(Freezing):
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         super()._check_options(group)
-        _check_lamb_options(group)
+        check_lamb_options("OnebitLamb", group)
 
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
         if self._planned(group, group["step"]) == "compressed":
@@ -212,9 +214,8 @@ class OnebitLamb(Freezing):
                 del self._fused[reducers]
                 self._layers_of(group).dead = dead_masks([s["exp_avg_sq"] for s in known.states])
             return None
-        gradients = self._gradients(group)
-        known.warn_of_others(gradients, reducers)
-        _refuse_without_coefficients(known.states, group)
+        gradients = self._known_gradients(group, reducers, known)
+        refuse_without_coefficients(known.states, group)
         fused, kind = self._fused.get(reducers), FusedLamb if lamb.has_factor(group) else FusedRates
         if not isinstance(fused, kind):
             self._unfuse(group, reducers)
@@ -222,7 +223,7 @@ class OnebitLamb(Freezing):
             if not reduce.parts:
                 return None
             fused = self._fused[reducers] = kind(kernels, reduce, known, self._layers_of(group))
-        return fused.exchange(group, known, known.of(gradients))
+        return fused.exchange(group, known, gradients)
 
 
 class _Dense(WarmupStep):
@@ -230,16 +231,15 @@ class _Dense(WarmupStep):
 
     _optimizer: OnebitLamb
 
-    def _update(self, used: Sequence[int]) -> None:
-        group = self._group
-        params = [group["params"][i] for i in used]
+    def _update(self, params: Sequence[Tensor], means: list[Tensor]) -> None:
+        group, used = self._group, self._used()
         layers = self._optimizer._layers_of(group)
         states = [adam_state(self._optimizer.state, p) for p in params]
         for i, state in zip(used, states, strict=True):
             layers.attach(i, state)
         values = fp32_values(params, states, group)
         momenta, variances = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        _update_moments(momenta, variances, [self._mean.means[i] for i in used], group)
+        lamb.update_moments(momenta, variances, means, group)
         torch._foreach_add_([s["step"] for s in states], 1.0)
         torch._foreach_copy_([s["variance_step"] for s in states], [s["step"] for s in states])
 
@@ -254,28 +254,18 @@ class _Dense(WarmupStep):
         write_back(params, values)
 
 
-class _Compressed:
+class _Compressed(CompressedExchange):
     """Momentum averaged in one bit per entry over a frozen variance, at each tensor's mean rate of warm-up."""
 
     def __init__(self, optimizer: OnebitLamb, group: dict[str, Any], reducers: GroupReducers) -> None:
         self._group = group
         self._layers = optimizer._layers_of(group)
-        gradients = optimizer._gradients(group)
-        self._known = optimizer._known(group)
-        self._known.warn_of_others(gradients, reducers)
-        self._params, self._states = self._known.params, self._known.states
-        _refuse_without_coefficients(self._states, group)
-        self._gradients = self._known.of(gradients)
+        known = self._known = optimizer._known(group)
+        self._gradients = optimizer._known_gradients(group, reducers, known)
+        self._params, self._states = known.params, known.states
+        refuse_without_coefficients(self._states, group)
         momenta = [s["exp_avg"] for s in self._states]
-        reduce = reducers.compressed(momenta, self._dead)
-        self._average = StagedAverage(reduce, momenta, self._local_momenta, self._known.indices)
-        self.sending = self._average.sending
-
-    def all_finite(self) -> Tensor:
-        return self._average.all_finite()
-
-    def undo(self) -> None:
-        self._average.undo()
+        super().__init__(reducers.compressed(momenta, self._dead), momenta, known.indices)
 
     def commit(self) -> None:
         if not self._params:
@@ -283,7 +273,7 @@ class _Compressed:
         group, states, layers = self._group, self._states, self._layers
         rows, momenta = layers.rows(self._known.indices), [s["exp_avg"] for s in states]
         updates = [torch.empty_like(m) for m in momenta]
-        self._average.decode(updates)
+        self._decode(updates)
         self._known.count()
         if lamb.has_factor(group):
             for state in states:
@@ -311,7 +301,6 @@ class _Compressed:
         write_back(self._params, values)
 
     def _local_momenta(self, indices: Sequence[int]) -> list[Tensor]:
-        """This rank's next momenta of some of the parameters."""
         momenta, gradients = [self._states[i]["exp_avg"] for i in indices], [self._gradients[i] for i in indices]
         return local_momenta(momenta, gradients, [], {**self._group, "adamw_mode": True})
 
@@ -335,41 +324,3 @@ class _Compressed:
         masks = dead_masks([s["exp_avg_sq"] for s in self._states])
         self._layers.dead = masks
         return masks
-
-
-def _update_moments(
-    momenta: list[Tensor], variances: list[Tensor], gradients: list[Tensor], group: Mapping[str, Any]
-) -> None:
-    """m <- β₁·m ± (1-β₁)·g and v <- β₂·v + (1-β₂)·g², in place."""
-    beta1, beta2 = group["betas"]
-    torch._foreach_mul_(momenta, beta1)
-    torch._foreach_add_(momenta, gradients, alpha=(beta1 - 1) if group["maximize"] else (1 - beta1))
-    torch._foreach_mul_(variances, beta2)
-    torch._foreach_addcmul_(variances, gradients, gradients, 1 - beta2)
-
-
-def _refuse_without_coefficients(states: list[Any], group: Mapping[str, Any]) -> None:
-    """Raise InputError for a state that another optimizer made and that starts past the freeze."""
-    if any("coeff" not in state for state in states):
-        raise InputError(
-            f"OnebitLamb: step {group['step'] + 1} comes after freeze_step={group['freeze_step']!r}, but the loaded "
-            "state has no coefficients, for OnebitLamb did not make its warm-up; set the group's freeze_step to a "
-            "later step"
-        )
-
-
-def _check_lamb_options(group: Mapping[str, Any]) -> None:
-    """Raise InputError if an option that Adam does not have is out of range, or eps is 0."""
-    numbers = ("eps", "max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min", "factor_threshold")
-    for name in numbers:
-        value = group[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise InputError(f"OnebitLamb: {name} must be a number of at least 0, got {value!r}")
-    if group["eps"] == 0:
-        raise InputError("OnebitLamb: eps must be more than 0, or one entry's 0/0 spoils the norm of its tensor")
-    for name in ("coeff_beta", "factor_threshold"):
-        if group[name] >= 1:
-            raise InputError(f"OnebitLamb: {name} must be less than 1, got {group[name]!r}")
-    for low, high in (("min_coeff", "max_coeff"), ("factor_min", "factor_max")):
-        if group[low] > group[high]:
-            raise InputError(f"OnebitLamb: {low}={group[low]!r} must be at most {high}={group[high]!r}")

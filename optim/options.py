@@ -91,6 +91,23 @@ def check_adam_options(owner: str, group: Mapping[str, Any]) -> None:
     check_number(owner, "weight_decay", group["weight_decay"], 0.0, math.inf)
 
 
+def check_lamb_options(owner: str, group: Mapping[str, Any]) -> None:
+    """Raise InputError if an option that Adam does not have is out of range, or eps is 0."""
+    numbers = ("eps", "max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min", "factor_threshold")
+    for name in numbers:
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise InputError(f"{owner}: {name} must be a number of at least 0, got {value!r}")
+    if group["eps"] == 0:
+        raise InputError(f"{owner}: eps must be more than 0, or one entry's 0/0 spoils the norm of its tensor")
+    for name in ("coeff_beta", "factor_threshold"):
+        if group[name] >= 1:
+            raise InputError(f"{owner}: {name} must be less than 1, got {group[name]!r}")
+    for low, high in (("min_coeff", "max_coeff"), ("factor_min", "factor_max")):
+        if group[low] > group[high]:
+            raise InputError(f"{owner}: {low}={group[low]!r} must be at most {high}={group[high]!r}")
+
+
 def check_freeze_step(owner: str, freeze_step: Any) -> None:
     """Raise InputError unless it is an int of at least 1 or ``"auto"``."""
     if freeze_step != "auto" and (type(freeze_step) is not int or freeze_step < 1):

@@ -6,10 +6,14 @@ Schedules: Lu et al. 2022, arXiv 2202.06009, section 6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
 
 from onebit.compress import InputError
+
+_OPTIONS = ("compress", "var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +107,34 @@ class SyncPolicy(_Policy):
             end = start + -(-(boundary - start) // gap) * gap
             yield start, gap, end
             start = end
+
+
+def schedules(group: Mapping[str, Any]) -> tuple[VariancePolicy, SyncPolicy]:
+    """Return both schedules of a parameter group with these options.
+
+    Raises:
+        InputError: one of them is no int of at least 1.
+    """
+    freeze = group["var_freeze_step"]
+    return (
+        VariancePolicy(var_freeze_step=freeze, var_update_scaler=group["var_update_scaler"]),
+        SyncPolicy(
+            var_freeze_step=freeze,
+            local_step_scaler=group["local_step_scaler"],
+            local_step_clipper=group["local_step_clipper"],
+        ),
+    )
+
+
+def phase_after(step: int, group: Mapping[str, Any]) -> str:
+    """What a group's step after the first `step` ones is: ``"variance"``, ``"sync"`` or ``"local"``."""
+    return _phase_after(step, tuple(group[name] for name in _OPTIONS))
+
+
+@lru_cache(maxsize=1024)  # a step asks several times
+def _phase_after(step: int, options: tuple[Any, ...]) -> str:
+    group = dict(zip(_OPTIONS, options, strict=True))
+    variance, sync = schedules(group)
+    if not group["compress"] or variance.updates(step + 1):
+        return "variance"
+    return "sync" if sync.synchronises(step + 1) else "local"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,6 +42,16 @@ def refuse_capture(owner: str) -> None:
             f"{owner}.step: a CUDA graph is being captured, in which steps would not be counted and "
             "phases not change; capture forward and backward, and call step after each replay; or capture "
             "onebit.comm.CompressedAllreduce and onebit.optim.FusedAdam(capturable=True)"
+        )
+
+
+def refuse_without_coefficients(states: Sequence[Mapping[str, Any]], group: Mapping[str, Any]) -> None:
+    """Raise InputError for a state that another optimizer made and that starts past the freeze."""
+    if any("coeff" not in state for state in states):
+        raise InputError(
+            f"OnebitLamb: step {group['step'] + 1} comes after freeze_step={group['freeze_step']!r}, but the loaded "
+            "state has no coefficients, for OnebitLamb did not make its warm-up; set the group's freeze_step to a "
+            "later step"
         )
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from onebit.optim.adam_steps import dense_step, move, take_in
-from onebit.optim.dense import MeanGradients
+from onebit.optim.dense import MeanExchange
 from onebit.optim.exchange import GroupReducers
 from onebit.optim.moments import local_momenta
 from onebit.optim.slices import Draft, GroupSlices
-from onebit.optim.staged import StagedAverage
+from onebit.optim.staged import CompressedExchange
 from onebit.optim.state_keys import MOMENTUM, VARIANCE
 from onebit.optim.warmup import WarmupStep
 
@@ -35,51 +35,37 @@ class SlicedDense(WarmupStep):
 
     def draft(self) -> None:
         """Make the step beside what there is; collective inside the node."""
-        present = self._mean.present
-        params = [p for p, here in zip(self._group["params"], present, strict=True) if here]
+        params, means = self._pairs()
         if params:
             states = self._optimizer.state
             self._slices.follow(_with_state(self._group, self._optimizer, params), states)
-            means = self._slices.cut(params, [g for g, here in zip(self._mean.means, present, strict=True) if here])
             self._draft = Draft(self._slices, params, states)
-            dense_step(self._group, self._draft.params, self._draft.states, means)
+            dense_step(self._group, self._draft.params, self._draft.states, self._slices.cut(params, means))
             self._draft.share()
 
-    def _update(self, used: Sequence[int]) -> None:
+    def _update(self, params: Sequence[Tensor], means: list[Tensor]) -> None:
         assert self._draft is not None
         self._draft.adopt(self._optimizer.state)
 
 
-class SlicedRefresh:
+class SlicedRefresh(MeanExchange):
     """Momentum and variance from gradients averaged in fp32; see `onebit.optim.onebit_adam`."""
+
+    _optimizer: Sharding
 
     def __init__(
         self, optimizer: Sharding, group: dict[str, Any], reducers: GroupReducers, slices: GroupSlices
     ) -> None:
-        self._optimizer = optimizer
-        self._group = group
-        self._reducers = reducers
         self._slices = slices
         self._draft: Draft | None = None
         self._late = False
         slices.follow(_with_state(group, optimizer), optimizer.state)
-        gradients = optimizer._gradients(group)
-        averaged = optimizer.gradients_averaged
-        self._mean = self.sending = MeanGradients(group["params"], gradients, reducers, averaged=averaged)
-
-    def all_finite(self) -> Tensor:
-        """0-dim bool, the same on every rank."""
-        return self._mean.all_finite()
-
-    def undo(self) -> None:
-        """Nothing was changed."""
-        self._mean.cancel()
+        super().__init__(optimizer, group, reducers)
 
     def draft(self) -> None:
         """Make the step beside what there is; collective inside the node."""
         group, mean, states = self._group, self._mean, self._optimizer.state
-        present = [p for p, here in zip(group["params"], mean.present, strict=True) if here]
-        params = _with_state(group, self._optimizer, present)
+        params = _with_state(group, self._optimizer, self._pairs()[0])
         if params:
             self._late = any(VARIANCE not in states.get(p, {}) for p in params)
             self._slices.follow(params, states)
@@ -92,7 +78,7 @@ class SlicedRefresh:
             self._draft.share()
 
     def commit(self) -> None:
-        """Make the step."""
+        """As of `MeanExchange`."""
         optimizer = self._optimizer
         if self._draft is not None:
             self._draft.adopt(optimizer.state)
@@ -101,7 +87,7 @@ class SlicedRefresh:
         optimizer._raise_variances(self._group)
 
 
-class SlicedCompressed:
+class SlicedCompressed(CompressedExchange):
     """Momentum averaged compressed over a frozen variance; every rank decodes its slice of what has come.
 
     The momentum that a step starts from is needed whole on every rank. It is decoded from the payloads of the last
@@ -116,27 +102,16 @@ class SlicedCompressed:
         self._slices = slices
         self._draft: Draft | None = None
         slices.follow(_with_state(group, optimizer), optimizer.state)
-        gradients = optimizer._gradients(group)
         known = self._known = optimizer._known(group)
-        known.warn_of_others(gradients, reducers)
-        self._gradients = known.of(gradients)
-        local = self._local = [torch.empty(p.shape, device=p.device) for p in known.params]
-        self._reduce = optimizer._average_of(reducers, local, lambda: slices.dead(known.params, optimizer.state))
+        self._gradients = optimizer._known_gradients(group, reducers, known)
+        whole = [torch.empty(p.shape, device=p.device) for p in known.params]
+        self._reduce = optimizer._average_of(reducers, whole, lambda: slices.dead(known.params, optimizer.state))
         self._packed = optimizer._packed_momentum(reducers, self._reduce)
         if self._packed is not None and self._packed.filled:
-            self._packed.write(local)
+            self._packed.write(whole)
         else:
-            slices.gather(known.params, [state[MOMENTUM] for state in known.states], local)
-        self._average = StagedAverage(self._reduce, local, self._local_momenta, known.indices, made_in=local)
-        self.sending = self._average.sending
-
-    def all_finite(self) -> Tensor:
-        """0-dim bool, the same on every rank."""
-        return self._average.all_finite()
-
-    def undo(self) -> None:
-        """Put error feedback back; the step is not made."""
-        self._average.undo()
+            slices.gather(known.params, [state[MOMENTUM] for state in known.states], whole)
+        super().__init__(self._reduce, whole, known.indices, made_in=whole)
 
     def draft(self) -> None:
         """Make the step beside what there is; collective inside the node."""
@@ -149,17 +124,16 @@ class SlicedCompressed:
             self._draft.share()
 
     def commit(self) -> None:
-        """Make the step."""
+        """As of `CompressedExchange`."""
         if self._draft is not None:
             self._draft.adopt(self._optimizer.state)
         if self._packed is not None:
             self._packed.keep()
             for state in self._known.states:
                 del state[MOMENTUM]
-        self._average.accept()
+        self._accept()
 
     def _local_momenta(self, indices: Sequence[int]) -> list[Tensor]:
-        """Those of this rank of some of the parameters, with the gradients that there are now."""
         coupled = not self._group["adamw_mode"] and self._group["weight_decay"]
         values = [self._known.params[i].float() for i in indices] if coupled else []
         momenta = [self._local[i] for i in indices]

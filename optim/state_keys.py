@@ -41,6 +41,7 @@ NEVER_SAVED = frozenset(
         "_dead",
         "_fused",
         "_layers",
+        "_left_out",
         "_levels",
         "_lent",
         "_loaded",
@@ -55,9 +56,7 @@ NEVER_SAVED = frozenset(
         "_shard",
         "_sliced",
         "_spec",
-        "_taken",
         "_told",
-        "_unheard",
         "averager",
         "gradients_averaged",
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -18,19 +17,14 @@ from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.fused_interval import FusedInterval
 from onebit.optim.fused_local import FusedLocal
 from onebit.optim.known import Known
+from onebit.optim.left_out import LeftOut
 from onebit.optim.local_kernels import LocalStep, local_kernel
-from onebit.optim.local_steps import MEAN, Reach, is_open, starts_of
-from onebit.optim.master import fp32_values
-from onebit.optim.moments import local_momenta
+from onebit.optim.local_steps import Reach, is_open, starts_of
 from onebit.optim.options import check_adam_options, check_flags, check_number
-from onebit.optim.pending import PendingSteps
-from onebit.optim.policies import SyncPolicy, VariancePolicy
-from onebit.optim.state_keys import EXTRA, INTERVAL
+from onebit.optim.policies import phase_after, schedules
+from onebit.optim.state_keys import EXTRA, INTERVAL, LEFT_OUT_STEPS
 from onebit.optim.untraced import untraced
 from onebit.optim.zero_one_exchanges import FusedLocalExchange, LocalExchange, SyncExchange, VarianceExchange
-
-_SCHEDULE = ("compress", "var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper")
-_log = logging.getLogger(__name__)
 
 
 class ZeroOneAdam(FusedGroups):
@@ -127,9 +121,7 @@ class ZeroOneAdam(FusedGroups):
             "bias_correction": bias_correction,
             "maximize": maximize,
         }
-        self._left_out_steps = 0
-        self._taken: list[Tensor] = []
-        self._unheard = PendingSteps()
+        self._left_out = LeftOut()
         self._locals: WeakKeyDictionary[GroupReducers, FusedLocal] = WeakKeyDictionary()
         super().__init__(
             params,
@@ -157,8 +149,8 @@ class ZeroOneAdam(FusedGroups):
     @property
     def left_out_steps(self) -> int:
         """Local steps that this rank took no part in, as it had a non-finite number; waits for the device."""
-        self._unheard.wait()
-        return self._left_out_steps
+        self._left_out.hear()
+        return self._left_out.steps
 
     @untraced
     @torch.no_grad()
@@ -187,25 +179,25 @@ class ZeroOneAdam(FusedGroups):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        state[EXTRA]["left_out_steps"] = self.left_out_steps
+        state[EXTRA][LEFT_OUT_STEPS] = self.left_out_steps
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._unheard.wait()
-        self._left_out_steps = state_dict.get(EXTRA, {}).get("left_out_steps", 0)
+        self._left_out.hear()
+        self._left_out.steps = state_dict.get(EXTRA, {}).get(LEFT_OUT_STEPS, 0)
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         check_adam_options("ZeroOneAdam", group)
         check_flags("ZeroOneAdam", group, "adamw_mode", "bias_correction", "maximize")
         check_number("ZeroOneAdam", "variance_floor", group["variance_floor"], 0.0, 1.0)
-        _policies(group)
+        schedules(group)
 
     def _averages(self, group: Mapping[str, Any]) -> bool:
         return self._planned(group, group["step"]) == "variance" and not is_open(self._known(group).states)
 
     def _planned(self, group: Mapping[str, Any], step: int) -> str:
-        return _phase(tuple(group[name] for name in _SCHEDULE), step)
+        return phase_after(step, group)
 
     def _exchange(self, group: dict[str, Any], reducers: GroupReducers) -> Exchange:
         known = self._known(group)
@@ -230,11 +222,8 @@ class ZeroOneAdam(FusedGroups):
     def _is_staged(self, group: Mapping[str, Any]) -> bool:
         return self._planned(group, group["step"]) != "local"
 
-    def _look_at_others(
-        self, group: Mapping[str, Any], reducers: GroupReducers, gradients: Sequence[Tensor | None]
-    ) -> None:
-        if group["step"] >= group["var_freeze_step"]:  # until then others may get a variance
-            super()._look_at_others(group, reducers, gradients)
+    def _leaves_others(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["step"] >= group["var_freeze_step"])  # until then they may get a variance
 
     def _fused_interval(
         self, group: Mapping[str, Any], reducers: GroupReducers, known: Known, gradients: Sequence[Tensor | None]
@@ -251,87 +240,13 @@ class ZeroOneAdam(FusedGroups):
         super()._renew(reducers)
         self._locals.pop(reducers, None)
 
-    def _known_gradients(
-        self, group: Mapping[str, Any], reducers: GroupReducers, known: Known
-    ) -> Sequence[Tensor | None]:
-        """This rank's gradients of the parameters that have a variance."""
-        gradients = self._gradients(group)
-        self._look_at_others(group, reducers, gradients)
-        return known.of(gradients)
-
-    def _advance(
-        self,
-        group: Mapping[str, Any],
-        reducers: GroupReducers,
-        known: Known,
-        gradients: Sequence[Tensor | None],
-        reach: Reach,
-        indices: Sequence[int],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's next momenta, β₁·m + (1-β₁)·gᵢ, and their mean over the interval, in new tensors; 0 if dead.
-
-        Args:
-            gradients: as `_known_gradients` gives them.
-            indices: of those parameters for which it is asked.
-        """
-        within = is_open(known.states)
-        params, states = [known.params[i] for i in indices], [known.states[i] for i in indices]
-        values = [p.float() for p in params] if within else fp32_values(params, states, group)
-        momenta = local_momenta([s["exp_avg"] for s in states], [gradients[i] for i in indices], values, group)
-        dead = self._dead_of(reducers, [s["exp_avg_sq"] for s in known.states])
-        if dead is not None:
-            for m, i in zip(momenta, indices, strict=True):
-                m.masked_fill_(dead[i], 0.0)
-        if not within or not momenta:
-            return momenta, momenta
-        shares = [reach.shares[i] for i in indices]
-        return momenta, list(torch._foreach_lerp([s[MEAN] for s in states], momenta, shares))
-
-    def _note(self, taken: Tensor) -> None:
-        """A local step was taken, or this rank's contribution was left out; 0-dim bool, on any device."""
-        self._taken.append(taken)
-        self._unheard.add(taken, self._hear)
-        self._unheard.poll()
-
-    def _hear(self, taken: bool) -> None:
-        if taken:
-            return
-        self._left_out_steps += 1
-        _log.warning(
-            "rank %d: it leaves its own contribution to a local step out, as its gradient is not finite (%d so far)",
-            self.backend.rank,
-            self._left_out_steps,
-        )
-
     def _tell_scaler(self, made: Tensor) -> None:
+        latest = self._left_out.latest()
         if getattr(self, "found_inf", None) is not None:
-            for taken in self._taken:
+            for taken in latest:
                 made = made.to(taken.device) & taken
-        self._taken.clear()
         super()._tell_scaler(made)
 
     def _common_value(self, p: Tensor) -> Tensor:
         state = self.state.get(p, {})
         return starts_of([state])[0] if is_open([state]) else p
-
-
-def _policies(group: Mapping[str, Any]) -> tuple[VariancePolicy, SyncPolicy]:
-    freeze = group["var_freeze_step"]
-    return (
-        VariancePolicy(var_freeze_step=freeze, var_update_scaler=group["var_update_scaler"]),
-        SyncPolicy(
-            var_freeze_step=freeze,
-            local_step_scaler=group["local_step_scaler"],
-            local_step_clipper=group["local_step_clipper"],
-        ),
-    )
-
-
-@functools.lru_cache(maxsize=1024)  # a step asks several times
-def _phase(schedule: tuple[int, ...], step: int) -> str:
-    """As `ZeroOneAdam._planned`, from the options that _SCHEDULE names."""
-    group = dict(zip(_SCHEDULE, schedule, strict=True))
-    variance, sync = _policies(group)
-    if not group["compress"] or variance.updates(step + 1):
-        return "variance"
-    return "sync" if sync.synchronises(step + 1) else "local"

@@ -9,55 +9,29 @@ import torch
 from torch import Tensor
 
 from onebit.comm.tensors import all_finite
-from onebit.optim.dense import MeanGradients
+from onebit.optim.dense import MeanExchange
 from onebit.optim.exchange import GroupReducers
 from onebit.optim.fused_local import FusedLocal
 from onebit.optim.known import Known
 from onebit.optim.local_kernels import LocalStep
-from onebit.optim.local_steps import (
-    KEPT,
-    MEAN,
-    RATE,
-    Reach,
-    begin,
-    end,
-    is_open,
-    local_step,
-    move,
-    starts_of,
-    sync_step,
-)
+from onebit.optim.local_steps import KEPT, MEAN, RATE, Reach, begin, end, is_open, local_step, move, starts_of
 from onebit.optim.master import fp32_values, write_back
-from onebit.optim.moments import adam_state, wanted
-from onebit.optim.staged import StagedAverage
+from onebit.optim.moments import adam_state, local_momenta, wanted
+from onebit.optim.staged import CompressedExchange
 
 if TYPE_CHECKING:
     from onebit.optim.zero_one_adam import ZeroOneAdam
 
 
-class VarianceExchange:
+class VarianceExchange(MeanExchange):
     """Adam's step on gradients averaged in fp32."""
 
-    def __init__(self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers) -> None:
-        self._optimizer = optimizer
-        self._group = group
-        self._reducers = reducers
-        self._gradients = self.sending = MeanGradients(
-            group["params"], optimizer._gradients(group), reducers, averaged=optimizer.gradients_averaged
-        )
-
-    def all_finite(self) -> Tensor:
-        """As of `Exchange`."""
-        return self._gradients.all_finite()
-
-    def undo(self) -> None:
-        """Nothing was changed."""
-        self._gradients.cancel()
+    _optimizer: ZeroOneAdam
 
     def commit(self) -> None:
-        """As of `Exchange`."""
-        optimizer, group, mean = self._optimizer, self._group, self._gradients
-        params = [p for p, present in zip(group["params"], mean.present, strict=True) if present]
+        """As of `MeanExchange`."""
+        optimizer, group = self._optimizer, self._group
+        params, means = self._pairs()
         if not params:
             return
         if any("exp_avg_sq" not in optimizer.state.get(p, {}) for p in params):
@@ -65,7 +39,7 @@ class VarianceExchange:
         optimizer._forget_dead(self._reducers)
         states = [adam_state(optimizer.state, p) for p in params]
         values = fp32_values(params, states, group)
-        gradients = wanted([m for m, present in zip(mean.means, mean.present, strict=True) if present], values, group)
+        gradients = wanted(means, values, group)
         momenta, variances = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         beta1, beta2 = group["betas"]
         torch._foreach_lerp_(momenta, gradients, 1 - beta1)
@@ -79,6 +53,40 @@ class VarianceExchange:
         optimizer._raise_variances(group)
 
 
+class _OwnMomenta:
+    """This rank's next momenta, β₁·m + (1-β₁)·gᵢ, and their means over the interval; 0 where an entry is dead.
+
+    Args:
+        optimizer, group, reducers: whose step it is.
+        known: the parameters that have a variance.
+        reach: theirs, this step included.
+    """
+
+    def __init__(
+        self, optimizer: ZeroOneAdam, group: dict[str, Any], reducers: GroupReducers, known: Known, reach: Reach
+    ) -> None:
+        self._group = group
+        self._known = known
+        self._shares = reach.shares
+        self._gradients = optimizer._known_gradients(group, reducers, known)
+        self._dead = optimizer._dead_of(reducers, [s["exp_avg_sq"] for s in known.states])
+
+    def of(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Both, of some of the parameters, in new tensors; the same ones twice where an interval begins."""
+        within = is_open(self._known.states)
+        params, states = [self._known.params[i] for i in indices], [self._known.states[i] for i in indices]
+        values = [p.float() for p in params] if within else fp32_values(params, states, self._group)
+        gradients = [self._gradients[i] for i in indices]
+        momenta = local_momenta([s["exp_avg"] for s in states], gradients, values, self._group)
+        if self._dead is not None:
+            for m, i in zip(momenta, indices, strict=True):
+                m.masked_fill_(self._dead[i], 0.0)
+        if not within or not momenta:
+            return momenta, momenta
+        shares = [self._shares[i] for i in indices]
+        return momenta, list(torch._foreach_lerp([s[MEAN] for s in states], momenta, shares))
+
+
 class LocalExchange:
     """A step that a rank makes by itself, by torch's operations."""
 
@@ -88,8 +96,8 @@ class LocalExchange:
         self._known = known
         self._params, self._states = known.params, known.states
         self._reach = Reach.of(self._states, known.counts(), group)
-        gradients, all_of_them = optimizer._known_gradients(group, reducers, known), range(len(known.params))
-        self._momenta, self._means = optimizer._advance(group, reducers, known, gradients, self._reach, all_of_them)
+        own = _OwnMomenta(optimizer, group, reducers, known, self._reach)
+        self._momenta, self._means = own.of(range(len(self._params)))
         self._taken = bool(all_finite(self._means))
 
     def all_finite(self) -> Tensor:
@@ -112,7 +120,7 @@ class LocalExchange:
                 state[MEAN] = mean.clone() if mean is momentum else mean
         else:
             self._leave_out()
-        self._optimizer._note(torch.tensor(self._taken))
+        self._optimizer._left_out.note(torch.tensor(self._taken), self._optimizer.backend.rank)
         for state, rate, kept in zip(states, reach.rates, reach.kept, strict=True):
             state[RATE], state[KEPT] = rate, kept
         variances = [s["exp_avg_sq"] for s in states]
@@ -156,10 +164,10 @@ class FusedLocalExchange:
         if self._reducers not in kept:
             kept[self._reducers] = FusedLocal(self._kernel, self._known.params)
         taken = kept[self._reducers].step(self._known, self._gradients, self._group)
-        self._optimizer._note(taken)
+        self._optimizer._left_out.note(taken, self._optimizer.backend.rank)
 
 
-class SyncExchange:
+class SyncExchange(CompressedExchange):
     """A local step, unless `steps` is 0, at whose end all ranks agree on the mean momentum of the interval."""
 
     def __init__(
@@ -168,36 +176,24 @@ class SyncExchange:
         self._group = group
         self._steps = steps
         self._params, self._states = known.params, known.states
-        reach = self._reach = Reach.of(self._states, known.counts(), group, steps=steps)
-        gradients = optimizer._known_gradients(group, reducers, known) if steps else ()
+        self._reach = Reach.of(self._states, known.counts(), group, steps=steps)
+        self._own = _OwnMomenta(optimizer, group, reducers, known, self._reach) if steps else None
         variances = [s["exp_avg_sq"] for s in self._states]
-        masks = optimizer._dead_of(reducers, variances)
-
-        def means(indices: Sequence[int]) -> list[Tensor]:
-            if steps:
-                return optimizer._advance(group, reducers, known, gradients, reach, indices)[1]
-            return [known.states[i][MEAN] for i in indices]
-
-        reduce = reducers.compressed(variances, lambda: masks)
-        self._average = StagedAverage(reduce, variances, means, known.indices)
-        self.sending = self._average.sending
-
-    def all_finite(self) -> Tensor:
-        """As of `Exchange`."""
-        return self._average.all_finite()
-
-    def undo(self) -> None:
-        """As of `Exchange`."""
-        self._average.undo()
+        dead = optimizer._dead_of(reducers, variances)
+        super().__init__(reducers.compressed(variances, lambda: dead), variances, known.indices)
 
     def commit(self) -> None:
-        """As of `Exchange`."""
+        """As of `CompressedExchange`."""
         if not self._params:
             return
         group, states = self._group, self._states
         momenta = [s["exp_avg"] for s in states]
-        self._average.decode(momenta)
+        self._decode(momenta)
         starts = starts_of(states) if is_open(states) else fp32_values(self._params, states, group)
-        sync_step(self._params, starts, momenta, [s["exp_avg_sq"] for s in states], self._reach, group["eps"])
+        move(starts, momenta, [s["exp_avg_sq"] for s in states], self._reach, group["eps"])
+        write_back(self._params, starts)
         torch._foreach_add_([s["step"] for s in states], float(self._steps))
         end(states)
+
+    def _local_momenta(self, indices: Sequence[int]) -> list[Tensor]:
+        return [self._states[i][MEAN] for i in indices] if self._own is None else self._own.of(indices)[1]
