@@ -1,4 +1,4 @@
-"""What ranks must have in common to make steps together, as facts that `onebit.comm.agree` compares."""
+"""What ranks must have in common to make steps together, compared before the first."""
 
 from __future__ import annotations
 
@@ -6,15 +6,35 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from onebit.comm import agree
+from onebit.comm.ddp import unattached
 from onebit.comm.levels import local_group_fact
 from onebit.comm.tensors import describe
+from onebit.compress import InputError
+from onebit.optim.refusals import refused_devices
 from onebit.optim.replicas import checksums
 
 if TYPE_CHECKING:
     from onebit.optim.base import CompressedOptimizer
 
 
-def common_facts(optimizer: CompressedOptimizer) -> dict[str, str]:
+def agree_to_start(optimizer: CompressedOptimizer, refusal: InputError | None) -> None:
+    """Prove that all ranks hold the same parameters, values included, and the same options; collective.
+
+    Args:
+        refusal: an error that this rank has found in its own gradients, raised here where nothing worse is; all ranks
+            hear of it.
+
+    Raises:
+        MismatchError: ranks differ, or another one refuses; on every rank.
+        InputError: this rank refuses.
+    """
+    refusal = refused_devices(optimizer) or unattached(optimizer) or refusal
+    facts = _common_facts(optimizer) if optimizer.backend.size > 1 and refusal is None else {}
+    agree(optimizer.backend, f"{type(optimizer).__name__}.step", facts, refusal)
+
+
+def _common_facts(optimizer: CompressedOptimizer) -> dict[str, str]:
     """Options, and the forms and values of all parameters, each with what a message calls it."""
     facts = {"the codec": str(optimizer._codec), "bucket_mb": str(optimizer._bucket_size())}
     facts.update({"local_group": local_group_fact(optimizer._local_group)})

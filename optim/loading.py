@@ -75,6 +75,16 @@ def check_state(
         _check_extra(owner, extra, numels)
 
 
+def refuse_slice(owner: str, state_dict: Mapping[str, Any]) -> None:
+    """Raise InputError, with the way, for a state that `check_state` takes, but that is one rank's slice."""
+    if SLICES in state_dict.get(EXTRA, {}):
+        raise InputError(
+            f"{owner}: the state to load is a rank's slice, as shard=True saves it, and this optimizer holds "
+            "everything; onebit.optim.checkpoint.load and onebit.optim.sharded.load put the slices of all ranks "
+            "together, and so does onebit.optim.elastic.reshard"
+        )
+
+
 def _refuse_deepspeed(owner: str, state_dict: Any) -> None:
     """Raise InputError, with the way, for the state of a 1-bit optimizer of DeepSpeed as it is."""
     entries = state_dict.get("state") if isinstance(state_dict, Mapping) else None

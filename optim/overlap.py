@@ -117,7 +117,7 @@ class Overlap:
         if self._order is None:
             self._order = self._learn_order()
         self.started = self.buckets = 0
-        self._owner()._exchange_all(exchanges)
+        self._owner()._steps.exchange_all(exchanges)
 
     def give_up(self) -> None:
         """End a step that is on its way without making it; collective if there is one, as the other ranks' `step` is.
@@ -126,7 +126,7 @@ class Overlap:
         """
         if self._round is not None:
             optimizer = self._owner()
-            optimizer._make(lambda exchanges: self._finish(exchanges, spoil=True), on_device=False)
+            optimizer._steps.make(lambda exchanges: self._finish(exchanges, spoil=True), on_device=False)
 
     @torch.no_grad()
     def _ready(self, p: Tensor) -> None:

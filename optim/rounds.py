@@ -61,7 +61,7 @@ class Round:
         self._sent = 0
         self.sent_early = 0
         self.buckets: list[_Bucket] = []
-        optimizer._learn_what_matters()
+        optimizer._steps.learn_what_matters()
         optimizer._lent = {id(group): given for group, given in zip(groups, self._gradients, strict=True)}
         try:
             for group, reducers in zip(groups, optimizer._of_groups(), strict=True):

@@ -54,7 +54,7 @@ class Descent(CompressedOptimizer):
 
     def __init__(self, params: Any, backend: Backend, settles: bool = True) -> None:
         super().__init__(params, {"settles": settles, "lr": 1.0}, backend=backend)
-        self._pending = LatePending()
+        self._steps.pending = LatePending()
         self.counted = 0
 
     def _check_options(self, group: Mapping[str, Any]) -> None: ...
@@ -94,7 +94,7 @@ def make(backend: Backend, settles: tuple[bool, ...] = (True, True)) -> tuple[De
     params = [Parameter(torch.zeros(3)) for _ in settles]
     groups = [{"params": [p], "settles": s} for p, s in zip(params, settles, strict=True)]
     optimizer = Descent(groups, backend)
-    late = optimizer._pending
+    late = optimizer._steps.pending
     assert isinstance(late, LatePending)
     return optimizer, params, late
 
@@ -107,7 +107,7 @@ def steps_of(optimizer: Descent) -> list[int]:
 def test_a_step_is_made_at_once_and_counted_when_the_device_has_told(world_size: int) -> None:
     def train(backend: Backend) -> None:
         optimizer, params, late = make(backend)
-        optimizer._schedule_depends_on = lambda group, unknown: False  # type: ignore[method-assign]
+        optimizer._steps._schedule_depends_on = lambda group, unknown: False  # type: ignore[method-assign]
         for number in range(3):
             step(optimizer, [torch.ones(3), torch.ones(3)])
             assert bits(params) == bits([torch.full((3,), -1.0 - number)] * 2)
