@@ -271,18 +271,9 @@ class _Compressed(CompressedExchange):
         if not self._params:
             return
         group, states, layers = self._group, self._states, self._layers
-        rows, momenta = layers.rows(self._known.indices), [s["exp_avg"] for s in states]
-        updates = [torch.empty_like(m) for m in momenta]
-        self._decode(updates)
+        rows = layers.rows(self._known.indices)
+        updates = self._take_in_mean(rows)
         self._known.count()
-        if lamb.has_factor(group):
-            for state in states:
-                if "exp_avg_sq_fresh" not in state:
-                    state["exp_avg_sq_fresh"] = state["exp_avg_sq"].clone()
-            lamb.reconstruct(momenta, updates, [s["exp_avg_sq_fresh"] for s in states], group)
-        else:
-            lamb.forget_factor(states, layers, rows)
-            torch._foreach_copy_(momenta, updates)
 
         values = fp32_values(self._params, states, group)
         rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
@@ -299,6 +290,21 @@ class _Compressed(CompressedExchange):
             layers.factor[rows] = lamb.limited(ratio, layers.factor[rows], group)
         lamb.move(values, updates, rate)
         write_back(self._params, values)
+
+    def _take_in_mean(self, rows: slice | Tensor) -> list[Tensor]:
+        """The averaged momentum becomes that of the states, and v′ follows it; returns it in new tensors."""
+        states, momenta = self._states, [s["exp_avg"] for s in self._states]
+        mean = [torch.empty_like(m) for m in momenta]
+        self._decode(mean)
+        if lamb.has_factor(self._group):
+            for state in states:
+                if "exp_avg_sq_fresh" not in state:
+                    state["exp_avg_sq_fresh"] = state["exp_avg_sq"].clone()
+            lamb.reconstruct(momenta, mean, [s["exp_avg_sq_fresh"] for s in states], self._group)
+        else:
+            lamb.forget_factor(states, self._layers, rows)
+            torch._foreach_copy_(momenta, mean)
+        return mean
 
     def _local_momenta(self, indices: Sequence[int]) -> list[Tensor]:
         momenta, gradients = [self._states[i]["exp_avg"] for i in indices], [self._gradients[i] for i in indices]
