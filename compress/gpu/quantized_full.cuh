@@ -75,11 +75,30 @@ __device__ __forceinline__ void encode_full(
     }
 }
 
+// Divides by a number of ranks as __fdiv_rn does, but for infinity, which becomes NaN, and without its branches: no load
+// is moved before one. In fp64, a reciprocal that is right to 45 bits and the remainder, which is exact, give a quotient
+// that is exact where fp64 has it and else wrong by 2^-52 of it at most. A quotient that does not itself lie halfway
+// between two numbers of fp32 is further from there, up to 2^24 ranks: it is rounded the right way.
+struct Divider {
+    double ranks;
+    double inverse;
+    __device__ __forceinline__ explicit Divider(int count) : ranks(count) {
+        float near, whole = float(count);
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(whole));
+        inverse = fma(fma(-ranks, double(near), 1.0), double(near), double(near));
+    }
+    __device__ __forceinline__ float share(float scale) const {
+        double quotient = double(scale) * inverse;
+        return float(fma(fma(-ranks, quotient, double(scale)), inverse, quotient));
+    }
+};
+
 template <typename F, bool ROTATE>
 __device__ __forceinline__ void reduce_encode_full(
     const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, u8* out, const Sizes& sizes,
     Rounding rounding) {
     int lane = threadIdx.x & 31;
+    Divider divider((int)ranks);
     for (i64 warp = warp_index(); warp < n; warp += all_warps()) {
         i64 block = entries[warp].block % (int)sizes.chunk_blocks;
         i64 at = block * code_bytes<F>(TILE);
@@ -91,19 +110,24 @@ __device__ __forceinline__ void reduce_encode_full(
         };
         float sum[1][ROWS][4], scale, next_scale;
         typename F::row rows[ROWS], next[ROWS];
-        load(0, rows, scale);
-        if ((int)ranks > 1) load(1, next, next_scale);
-        float share = __fdiv_rn(scale, float((int)ranks));
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) values_of<F>(rows[row], share, sum[0][row]);
-        for (int rank = 1; rank < (int)ranks; rank++) {
-#pragma unroll
-            for (int row = 0; row < ROWS; row++) rows[row] = next[row];
-            share = __fdiv_rn(next_scale, float((int)ranks));
-            if (rank + 1 < (int)ranks) load(rank + 1, next, next_scale);
+        auto add = [&](const typename F::row rows[ROWS], float scale) {
+            float share = divider.share(scale);
 #pragma unroll
             for (int row = 0; row < ROWS; row++) add_values_of<F>(rows[row], share, sum[0][row]);
+        };
+        load(0, rows, scale);
+        if ((int)ranks > 1) load(1, next, next_scale);
+        float share = divider.share(scale);
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) values_of<F>(rows[row], share, sum[0][row]);
+        for (int rank = 2; rank < (int)ranks; rank++) {
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) rows[row] = next[row];
+            scale = next_scale;
+            load(rank, next, next_scale);  // while the last one's are added
+            add(rows, scale);
         }
+        if ((int)ranks > 1) add(next, next_scale);
         if (ROTATE) hadamard<1>(sum, TILE, lane);
         float* r = residual == nullptr ? nullptr : residual + block * TILE;
         add_residual(sum[0], r, lane);  // loaded as late as this, it leaves registers for more warps

@@ -61,6 +61,15 @@ def test_rounding_of_ties() -> None:
     on_gpu.test_ties_and_their_neighbours_are_rounded_as_the_reference_does()
 
 
+def test_blocks_at_the_bounds_of_what_has_a_scale() -> None:
+    on_gpu.test_blocks_at_the_bounds_of_what_has_a_scale()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5, 16])
+def test_the_mean_of_any_number_of_payloads(ranks: int) -> None:
+    on_gpu.test_the_mean_of_any_number_of_payloads_is_that_of_the_reference(ranks)
+
+
 @pytest.mark.parametrize("feedback", [True, False])
 def test_which_kernels_take_which_blocks(feedback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu.test_whole_blocks_go_to_the_fast_kernels(feedback, monkeypatch)

@@ -200,6 +200,40 @@ def test_ties_and_their_neighbours_are_rounded_as_the_reference_does() -> None:
         check_every_number(codec, around(torch.arange(14) / 2))
 
 
+def blocks_at_bounds() -> Tensor:
+    """Blocks whose largest magnitudes are the bounds of what has a scale, their neighbours, or no number at all."""
+    bounds = torch.tensor([2.0**-100, 2.0**115, 2.0**127])
+    near = [bounds, torch.nextafter(bounds, torch.tensor(0.0)), torch.nextafter(bounds, torch.tensor(torch.inf))]
+    largest = torch.cat([*near, torch.tensor([0.0, 1e-40, 1.0, torch.inf, torch.nan])])
+    blocks = (2 * torch.rand(len(largest), 1024) - 1) * largest.nan_to_num(1.0, 1.0)[:, None]
+    blocks[0::2, 7], blocks[1::2, 7] = largest[0::2], -largest[1::2]
+    blocks[:, 8], blocks[:, 9], blocks[:, 10] = -0.0, 1e-40, -largest.nan_to_num(1.0, 1.0)
+    return blocks.flatten()
+
+
+def test_blocks_at_the_bounds_of_what_has_a_scale() -> None:
+    torch.manual_seed(5)
+    for name, codec in codecs().items():
+        x, how = blocks_at_bounds(), codec.quantizer
+        (layout,) = codec.plan([x.numel()])
+        payload = empty(layout, 1)
+        there = payload.to(DEVICE, copy=True)
+        for residual in (None, torch.where(x.isfinite(), x * 2.0**-9, 0.0)):
+            residual_there = None if residual is None else residual.to(DEVICE, copy=True)
+            quantized_reference.encode([x], residual, None, payload, layout, how)
+            quantized.encode([x.to(DEVICE)], residual_there, None, there, layout, how)
+            assert not differing(there, payload), f"{name}: payload: " + differing(there, payload)
+            if residual is not None and residual_there is not None:
+                told = differing(residual_there, residual)
+                assert not told, f"{name}: residual: {told}"
+            for dtype in DTYPES:
+                expected, mine = x.to(dtype), x.to(DEVICE, dtype, copy=True)
+                quantized_reference.decode(payload.view(1, -1), None, [expected], layout, how)
+                quantized.decode(there.view(1, -1), None, [mine], layout, how)
+                assert not differing(mine, expected), f"{name}: {dtype}: " + differing(mine, expected)
+            check_reduce(codec, layout, 0, payload.repeat(3, 1), None, f"{name}: ", residual is not None, False)
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Warps that each kernel is launched with."""
     warps: Counter[str] = Counter()
