@@ -135,30 +135,26 @@ __device__ __forceinline__ void reduce_encode_full(
     }
 }
 
-// Four numbers at `x`; what is no number becomes whichever NaN the conversion gives.
-__device__ __forceinline__ void store_rounded(f32, float* x, const float v[4]) { store4(x, v[0], v[1], v[2], v[3]); }
-__device__ __forceinline__ void store_words(u16* x, u32 low, u32 high) {
-    __stcs(reinterpret_cast<int2*>(x), int2{int(low), int(high)});
+// Four numbers at `x`, or NaNs if the scale is NaN. Chosen and not branched on: the loads of both blocks would wait for
+// the scale.
+__device__ __forceinline__ void store_known(f32, float* x, const float v[4], float scale) {
+    store4(x, known(v[0], scale), known(v[1], scale), known(v[2], scale), known(v[3], scale));
 }
-__device__ __forceinline__ void store_rounded(bf16, u16* x, const float v[4]) {
+__device__ __forceinline__ void store_words(u16* x, u32 low, u32 high, u32 nans, float scale) {
+    bool told = scale == scale;
+    __stcs(reinterpret_cast<int2*>(x), int2{int(told ? low : nans), int(told ? high : nans)});
+}
+__device__ __forceinline__ void store_known(bf16, u16* x, const float v[4], float scale) {
     u32 low, high;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(v[1]), "f"(v[0]));
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(v[3]), "f"(v[2]));
-    store_words(x, low, high);
+    store_words(x, low, high, 0x7FC07FC0u, scale);
 }
-__device__ __forceinline__ void store_rounded(f16, u16* x, const float v[4]) {
+__device__ __forceinline__ void store_known(f16, u16* x, const float v[4], float scale) {
     u32 low, high;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(v[1]), "f"(v[0]));
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(v[3]), "f"(v[2]));
-    store_words(x, low, high);
-}
-
-// A block whose scale is NaN.
-template <typename T>
-__device__ __forceinline__ void store_unknown(T type, typename T::raw* x, int lane) {
-    typename T::raw nan = narrow(type, __uint_as_float(NAN_BITS));
-#pragma unroll
-    for (int row = 0; row < ROWS; row++) store4(x + 128 * row + 4 * lane, nan, nan, nan, nan);
+    store_words(x, low, high, 0x7E007E00u, scale);
 }
 
 // A warp takes two blocks at a time: writing one hides the wait for the next one's codes.
@@ -181,16 +177,12 @@ __device__ __forceinline__ void decode_full(const u8* payloads, const Entry* ent
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             typename T::raw* x = reinterpret_cast<typename T::raw*>(entry[k].address);
-            if (scale[k] != scale[k]) {
-                store_unknown(T(), x, lane);
-                continue;
-            }
             float v[1][ROWS][4];
 #pragma unroll
             for (int row = 0; row < ROWS; row++) values_of<F>(rows[k][row], scale[k], v[0][row]);
             if (ROTATE) hadamard<1>(v, TILE, lane);
 #pragma unroll
-            for (int row = 0; row < ROWS; row++) store_rounded(T(), x + 128 * row + 4 * lane, v[0][row]);
+            for (int row = 0; row < ROWS; row++) store_known(T(), x + 128 * row + 4 * lane, v[0][row], scale[k]);
         }
     }
 }
