@@ -42,7 +42,7 @@ __device__ __forceinline__ void hold(i64 block_size, Visit visit) {
         BY_HELD(F, ROTATE, (encode_any<F, ROTATE, TILES, T>(                                                     \
             entries, n, residual, mask, out, SIZES, (int)block_size, ROUNDING)));                                \
     }                                                                                                            \
-    KERNEL_OF(4) decode_full_##T(                                                                                \
+    KERNEL_OF(ROTATE ? 3 : 4) decode_full_##T(                                                                   \
         const u8* payloads, const Entry* entries, i64 n, SIZES_ARGUMENTS) {                                      \
         decode_full<F, ROTATE, T>(payloads, entries, n, SIZES);                                                  \
     }                                                                                                            \
