@@ -1,11 +1,12 @@
 """Train the study's GPT under hybrid sharding (HSDP), with FSDP's own average over replicas and with compressed ones.
 
     torchrun --nproc-per-node 4 examples/train_gpt_hsdp.py --compile              # 2 replicas of 2 shards each
-    torchrun --nproc-per-node 4 examples/train_gpt_hsdp.py --averages fsdp int8 int4 onebit-adam --steps 1000
+    torchrun --nproc-per-node 4 examples/train_gpt_hsdp.py --averages fsdp int8 onebit-adam --steps 1500 --warmup 0.3
 
 The runs are made one after the other, from the same weights and on the same samples. Each prints its held-out loss,
 what a rank has sent to other replicas, and its time; all of them become one JSON document, with losses in training and
-norms of gradients. What onebit adds to FSDP is in `shard`.
+norms of gradients. What onebit adds to FSDP is in `shard`. A run of fewer steps needs a larger share of warm-up, as the
+variance must not be frozen before attention is learned.
 """
 
 from __future__ import annotations
