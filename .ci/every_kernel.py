@@ -105,14 +105,17 @@ def main() -> None:
 
     @functools.wraps(function)
     def noted(file: str | Path, kernel: str, device: int) -> Any:
-        names.add(f"{Path(file).name}: {kernel}")
+        name = f"{Path(file).name}: {kernel}"
+        if name not in names:
+            print(name, flush=True)  # at once, so that a run that is cut off tells how far it came
+        names.add(name)
         return function(file, kernel, device)
 
     module._function = noted  # type: ignore[assignment]
     for run in (codec_kernels, quantized_kernels, step_kernels, adam_kernels, exchange_kernel):
         run()
         torch.cuda.synchronize()
-    sys.stdout.write("\n".join([*sorted(names), f"{len(names)} kernels were run", ""]))
+    print(len(names), "kernels were run")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,10 @@ class PeerMemory:
 
 
 class PeerCollective(Collective):
-    """A collective over NCCL, but through peers' memory where it is small and nothing else is to run until `wait`."""
+    """A collective over NCCL, but through peers' memory where it is small and nothing else is to run until `wait`.
+
+    The first start is NCCL's: milliseconds to map memory are not worth it for what is made once.
+    """
 
     def __init__(
         self, backend: TorchBackend, peers: PeerMemory, operation: str, output: Tensor, input: Tensor, wire_bytes: int
@@ -104,10 +107,11 @@ class PeerCollective(Collective):
         super().__init__(backend, operation, output, input, wire_bytes)
         self._peers = peers
         self._exchange: Exchange | None = None
-        self._asked = False
+        self._used, self._asked = False, False
 
     def _launch(self, in_line: bool) -> Handle | None:
-        if not in_line:
+        if not in_line or not self._used:
+            self._used = True
             return super()._launch(in_line)
         if not self._asked and not torch.cuda.is_current_stream_capturing():  # while others cannot be waited for
             self._asked = True
