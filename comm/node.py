@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +62,15 @@ class Node(ABC):
         """Have these numbers to send, those of the layout's tensors; they must stay untouched until `finish`."""
 
     @abstractmethod
+    def fill(self, write: Callable[[Sequence[Tensor]], None]) -> None:
+        """Instead of `give`: have `write` put the numbers where they are needed.
+
+        Args:
+            write: is given a flat fp32 tensor for each chunk of the layout, in the order of its blocks; what it leaves
+                in padding is not read.
+        """
+
+    @abstractmethod
     def spoil(self) -> None:
         """Have NaN to send."""
 
@@ -83,8 +92,11 @@ class Node(ABC):
         """After `finish`: encode the mean of the slice, of which `part` is what is sent."""
 
     @abstractmethod
-    def mean_of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def mean_of(self, tensors: Sequence[Tensor] | None) -> Sequence[Tensor]:
         """After `finish`: the mean of these tensors, which were given, and of what the others gave.
+
+        Args:
+            tensors: None: the numbers are those that `fill` had written.
 
         Returns:
             A flat fp32 tensor per segment of the slice, to be used before anything else is asked of a node.
@@ -113,6 +125,7 @@ class CarriedNode(Node):
         own = torch.zeros(gathered.numel() // inside.size, dtype=torch.uint8, device=device)
         self._inside = inside
         self._given, self._received = given, received
+        self._chunks = given.view(layout.chunks, -1).unbind()
         self._rows = received.view(inside.size, -1)
         self._slots = [given[layout.residual_span(s)] for s in layout.segments]
         self._segments = layout.segments
@@ -136,6 +149,10 @@ class CarriedNode(Node):
             torch._foreach_copy_(self._slots, pieces)
         self.filled = True
 
+    def fill(self, write: Callable[[Sequence[Tensor]], None]) -> None:
+        write(self._chunks)
+        self.filled = True
+
     def spoil(self) -> None:
         self._given.fill_(torch.nan)
         self.filled = True
@@ -156,5 +173,5 @@ class CarriedNode(Node):
     def encode(self, operators: Operators, part: Part) -> None:
         part.encode(operators, self._mine)
 
-    def mean_of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def mean_of(self, tensors: Sequence[Tensor] | None) -> Sequence[Tensor]:
         return self._mine

@@ -11,7 +11,7 @@ are there, for which they had read the payloads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,22 +70,32 @@ class SharedNode(Node):
         own = levels.slice_of(layout)
         self._segments = own.segments
         self._spans = [own.residual_span(s) for s in own.segments]
+        self._chunks = own.chunks
+        self._filled: Tensor | None = None  # made when it is first needed
         self._mine = [mine[span] for span in self._spans]
         self._write = copier(4 * self._given[0].numel())
         self._to_give, self._to_read = 0, 1
-        self._tensors: Sequence[Tensor] | None = None
+        self._own: Sequence[Tensor] | None = None  # what was given of this rank's own slice, per segment
 
     def give(self, tensors: Sequence[Tensor]) -> None:
         self._check_sound()
         for s, place in self._to_others[self._to_give]:
             self._write(place, tensors[s.tensor].view(-1)[s.offset : s.offset + s.numel])
-        self._tensors = tensors
+        self._own = self._pieces(tensors)
+        self.filled = True
+
+    def fill(self, write: Callable[[Sequence[Tensor]], None]) -> None:
+        self._check_sound()
+        rows = [*self._given[self._to_give]]
+        rows.insert(self._inside.rank, self._own_numbers())
+        write([chunk for row in rows for chunk in row.view(self._chunks, -1)])
+        self._own = self._pieces(None)
         self.filled = True
 
     def spoil(self) -> None:
         self._check_sound()
         self._given[self._to_give].fill_(torch.nan)
-        self._tensors = None
+        self._own = None
         self.filled = True
 
     def start(self, in_line: bool) -> None:
@@ -93,20 +103,23 @@ class SharedNode(Node):
         self._to_give, self._to_read = self._to_read, self._to_give
 
     def encode(self, operators: Operators, part: Part) -> None:
-        tensors, self._tensors = self._tensors, None
-        if tensors is None:
+        given, self._own = self._own, None
+        if given is None:
             part.encode(operators, [torch.full_like(mine, torch.nan) for mine in self._mine])
         elif isinstance(operators, SignOperators) and operators.kernels is kernels_for(_CPU, "cpu") and self._segments:
             from onebit.compress.cpu.mean import encode_mean  # Numba is imported where it is first used
 
-            given, theirs, rank = self._pieces(tensors), self._from_others[self._to_read], self._inside.rank
+            theirs, rank = self._from_others[self._to_read], self._inside.rank
             encode_mean(given, theirs, rank, part.residual, part.mask, part.sent, part.layout, part.squared)
         else:
-            part.encode(operators, self.mean_of(tensors))
+            part.encode(operators, self._mean(given))
 
-    def mean_of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def mean_of(self, tensors: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        return self._mean(self._pieces(tensors))
+
+    def _mean(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         theirs, rank = self._from_others[self._to_read], self._inside.rank
-        for given, span, mine in zip(self._pieces(tensors), self._spans, self._mine, strict=True):
+        for given, span, mine in zip(pieces, self._spans, self._mine, strict=True):
             for start in range(0, mine.numel(), SLAB):
                 slab = slice(start, start + SLAB)
                 rows = [row[span][slab] for row in theirs]
@@ -122,9 +135,17 @@ class SharedNode(Node):
         with self._inside.guard("all_to_all"):
             pass
 
-    def _pieces(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Of this rank's own slice, a flat tensor per segment."""
+    def _pieces(self, tensors: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        """Of this rank's own slice, a flat tensor per segment; None: as it was filled."""
+        if tensors is None:
+            return [self._own_numbers()[span] for span in self._spans]
         return [tensors[s.tensor].view(-1)[s.offset : s.offset + s.numel] for s in self._segments]
+
+    def _own_numbers(self) -> Tensor:
+        """Where `fill` has the numbers of this rank's own slice written, (slice elements,) fp32."""
+        if self._filled is None:
+            self._filled = torch.zeros(self._given.shape[-1])
+        return self._filled
 
 
 def _place(slice_of: int, held_by: int) -> int:

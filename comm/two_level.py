@@ -47,6 +47,10 @@ class TwoLevelPart(Part):
         """Give the whole list of tensors, row-major; they must stay untouched until the node's mean is taken."""
         self.node.give(self._pick(rows))
 
+    def fill(self, write: Callable[[Sequence[Tensor]], None]) -> None:
+        """Instead of `encode`: have `write` put the numbers where they are needed; see `Node.fill`."""
+        self.node.fill(write)
+
     def undo_encode(self, operators: Operators, rows: Sequence[Tensor]) -> None:
         """Put the slice's error feedback back to what it was before it was encoded, to within rounding."""
         if self.between.encoded:
@@ -124,8 +128,9 @@ class TwoLevelBucket(Bucket):
         encode(self.part)
         if not self._node.filled:
             raise InputError(
-                "start_with() with local_group= takes an encode that calls the one of encoding() for every part, since "
-                "what is encoded is the mean of the node; average without local_group, or call start()"
+                "start_with() with local_group= takes an encode that calls the one of encoding(), or the part's fill(), "
+                "for every part, since what is encoded is the mean of the node; average without local_group, or call "
+                "start()"
             )
         self.encoded = True
 

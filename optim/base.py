@@ -306,6 +306,7 @@ class CompressedOptimizer(Algorithm, Averaging):
             raise refusal
         if not self._agreed:
             agree_to_start(self, refusal)
+            self._nodes()  # what makes steps depends on them
             self._settle_slices()
             take_over(self)
         self._agreed = True

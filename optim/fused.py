@@ -11,6 +11,7 @@ from torch import Tensor
 from onebit.comm import CompressedAllreduce, CompressedWork, Part
 from onebit.compress.kernels import DTYPES
 from onebit.optim.exchange import CompressedSending
+from onebit.optim.fused_levels import step_kernels_of
 from onebit.optim.kernels import Momentum, StepKernels
 from onebit.optim.known import Known
 from onebit.optim.master import fp32_values
@@ -43,9 +44,9 @@ class FusedMomentum:
     shaped: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "master")
 
     def __init__(self, kernels: StepKernels, reduce: CompressedAllreduce, states: States) -> None:
-        self.kernels = kernels
+        self.kernels = step_kernels_of(kernels, reduce)
         self.reduce = reduce
-        device = reduce.parts[0].sent.device
+        device = reduce.parts[0].gathered.device
         self.settles = device.type == "cuda"
         # A part uses neighbours, for only tensors without elements are in no part: its rows are a slice.
         self._filled = [i for i, state in enumerate(states) if state["exp_avg_sq"].numel()]
@@ -53,7 +54,7 @@ class FusedMomentum:
         self._counts = torch.zeros(2, len(self._filled), device=device)
         self.steps, self.variance_steps = self._counts
         self.scalars = torch.zeros(len(self._filled), 3, device=device)
-        self._payloads = {part.sent.data_ptr(): torch.zeros_like(part.sent) for part in reduce.parts}
+        self._payloads = {part.gathered.data_ptr(): torch.zeros_like(part.gathered) for part in reduce.parts}
         self.averaged = False
 
     def exchange(self, group: Mapping[str, Any], known: Known, gradients: Sequence[Tensor | None]) -> FusedStep:
@@ -69,7 +70,7 @@ class FusedMomentum:
 
     def payload(self, part: Part) -> Tensor:
         """Where the averaged momentum of a part is kept, as payloads."""
-        return self._payloads[part.sent.data_ptr()]
+        return self._payloads[part.gathered.data_ptr()]
 
     def rows(self, part: Part) -> Tensor:
         """The rows of `scalars` that belong to a part's tensors."""
@@ -160,7 +161,8 @@ class FusedStep:
         self._work: CompressedWork = average.reduce.start_with(
             self._encode, self._undo_encode, overlap=False, send=False
         )
-        self.sending = CompressedSending(self._work, average.reduce.parts, known.indices)
+        copied = average.reduce.levels is not None
+        self.sending = CompressedSending(self._work, average.reduce.parts, known.indices, copied)
 
     def all_finite(self) -> Tensor:
         """0-dim bool, the same on every rank."""
@@ -208,7 +210,7 @@ class FusedStep:
 
     def _rows_of(self, part: Part) -> Sequence[Tensor | None]:
         """The gradients of a part, row-major, as they were when it was encoded."""
-        key = part.sent.data_ptr()
+        key = part.gathered.data_ptr()
         if key not in self._rows:
             self._rows[key] = row_major(of_part(part, self._gradients))
         return self._rows[key]

@@ -143,8 +143,9 @@ class FusedGroups(CompressedOptimizer):
         return reduce
 
     def _step_kernels(self, device: torch.device) -> StepKernels | None:
-        """The fused kernels of compressed steps; on two levels there are none, as what is encoded is a node's mean."""
-        return None if self._local_group is not None else step_kernels(device, self._codec)
+        """The fused kernels of compressed steps; none where all ranks are one node, for its mean is no payload."""
+        one_node = self._levels is not None and not self._levels.compresses
+        return None if one_node else step_kernels(device, self._codec)
 
     def _fused_step(
         self, group: Mapping[str, Any], reducers: GroupReducers, known: Known, gradients: Sequence[Tensor | None]

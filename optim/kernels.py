@@ -49,6 +49,25 @@ class StepKernels(Protocol):
         A gradient that is None counts as zeros. Both forms of `momentum` give the same bits: m is ± scale in payloads.
         """
 
+    def write_momentum(
+        self,
+        part: Part,
+        out: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        momentum: Momentum,
+        params: Sequence[Tensor],
+        *,
+        beta1: float,
+        alpha: float,
+        l2: float,
+    ) -> None:
+        """Write what `encode_momentum` adds the residual to; masks are not looked at.
+
+        Args:
+            out: for each chunk of ``part.layout`` its numbers in the order of its blocks, (chunk elements,) fp32 at an
+                address that is a multiple of 64; what is in padding is anything afterwards.
+        """
+
     def decode_update(
         self,
         part: Part,
@@ -86,6 +105,7 @@ class StepKernels(Protocol):
         """Put ``part.residual`` back to before `encode_momentum` with the same arguments, to within rounding.
 
         residual ← (residual + sent) - c, c the sum without the residual; blocks that sent NaN have kept theirs.
+        Whoever has encoded the same numbers otherwise may undo it by β₁ = 0 and α = 1, with the numbers as `grads`.
 
         Args:
             proceed: 0-dim bool on the device; where it is true nothing changes. None: false.

@@ -21,6 +21,7 @@ from onebit.compress import InputError
 from onebit.compress.launch_env import local_rank, local_world_size, world_size_hint
 from onebit.optim.exchange import GroupReducers
 from onebit.optim.freezing import Freezing
+from onebit.optim.kernels import StepKernels
 from onebit.optim.merging import describe_slices
 from onebit.optim.options import check_flags
 from onebit.optim.packed import PackedMomentum
@@ -76,6 +77,9 @@ class Sharding(Freezing):
                 "master_weights=True: weight decay in the gradient reads masters that no rank has whole; use "
                 "adamw_mode=True, or leave master_weights out"
             )
+
+    def _step_kernels(self, device: torch.device) -> StepKernels | None:
+        return None if self._shard else super()._step_kernels(device)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "shard": self._shard}

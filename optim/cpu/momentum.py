@@ -12,7 +12,7 @@ from torch import Tensor
 from onebit.comm import Part
 from onebit.compress import SignCodec
 from onebit.compress.cpu.launch import CODES, address, addresses, launch
-from onebit.compress.cpu.operators import visit_blocks
+from onebit.compress.cpu.operators import STREAM_BYTES, visit_blocks
 from onebit.compress.layout import Layout
 from onebit.optim.cpu import momentum_blocks
 from onebit.optim.kernels import Momentum
@@ -57,6 +57,32 @@ def encode_momentum(
         )
 
     visit_blocks(run, part.sent.view(layout.chunks, -1), sums, layout, layout.scale_groups(), part.squared)
+
+
+def write_momentum(
+    part: Part,
+    out: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momentum: Momentum,
+    params: Sequence[Tensor],
+    *,
+    beta1: float,
+    alpha: float,
+    l2: float,
+) -> None:
+    """As `StepKernels.write_momentum`."""
+    layout = part.layout
+    source, targets = _Source(grads, momentum, params, (beta1, alpha, l2)), addresses(out)
+    launch(
+        momentum_blocks.write_momentum_blocks,
+        layout.blocks,
+        layout.block_size,
+        *source.arguments(),
+        *_tables(layout),
+        targets.ctypes.data,
+        *_sizes(layout),
+        4 * layout.numel >= STREAM_BYTES,
+    )
 
 
 def decode_update(

@@ -151,6 +151,64 @@ def encode_momentum_blocks(
     scratch[0] = 0.0  # the last use
 
 
+def write_momentum_blocks(
+    first: int,
+    last: int,
+    grads: int,
+    grad_codes: int,
+    momenta: int,
+    params: int,
+    param_codes: int,
+    payloads: int,
+    factors: int,
+    tensors: int,
+    offsets: int,
+    counts: int,
+    out: int,
+    chunk_blocks: int,
+    bits_bytes: int,
+    payload_bytes: int,
+    block_size: int,
+    past_cache: int,
+) -> None:
+    """Write the local momentum; `out` is a table of the chunks' addresses, m is in `payloads` where `momenta` is 0."""
+    words = block_size >> 5
+    scratch = np.empty(2 * block_size, np.float32)
+    c = scratch.ctypes.data
+    for block in range(first, last):
+        n = simd.get_i32_at(counts, block)
+        if n == 0:
+            continue
+        chunk = block // chunk_blocks
+        index = block - chunk * chunk_blocks
+        old = simd.get_f32(payloads + payload_bytes * chunk + bits_bytes + 4 * index) if momenta == 0 else _ZERO
+        local_momentum(
+            c,
+            c + 4 * block_size,
+            simd.get_i32_at(tensors, block),
+            simd.get_i64_at(offsets, block),
+            n,
+            words,
+            grads,
+            grad_codes,
+            momenta,
+            params,
+            param_codes,
+            payloads + payload_bytes * chunk + block_size // 8 * index,
+            old,
+            factors,
+        )
+        target = simd.get_i64_at(out, chunk) + 4 * block_size * index
+        if past_cache != 0:
+            for at in range(0, words * WORD, WORD):
+                simd.stream_f32(target + at, simd.load_f32(c + at))
+        else:
+            for at in range(0, words * WORD, WORD):
+                simd.store_f32(target + at, simd.load_f32(c + at))
+    simd.fence()
+    scratch[0] = 0.0  # the last use
+
+
 def undo_encode_blocks(
     first: int,
     last: int,

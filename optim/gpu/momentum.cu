@@ -26,6 +26,19 @@ __device__ __forceinline__ void load_full_of_type(Type type, const i64* table, P
     else load_full<f16>(elements_of<f16>(table, place), lane, values);
 }
 
+// g + l2·p
+template <typename G, bool L2>
+__device__ __forceinline__ void load_gradient(
+    const i64* grads, const i64* params, Type param_type, Place place, int lane, float l2, float c[32]) {
+    load_full<G>(elements_of<G>(grads, place), lane, c);
+    if (L2) {
+        float p[32];
+        load_full_of_type(param_type, params, place, lane, p);
+#pragma unroll
+        for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], __fmul_rn(l2, p[i]));
+    }
+}
+
 template <typename G, bool L2, bool MASKED>
 __device__ __forceinline__ void encode_momentum_full(
     const Place* places, i64 n, const i64* grads, const u8* momentum, const i64* params, Type param_type, float* residual,
@@ -41,13 +54,7 @@ __device__ __forceinline__ void encode_momentum_full(
         float m = *scale_at(momentum, slot);
         u32 masked = mask_word<MASKED>(mask, place.block, lane);
         load_full<f32>(r, lane, old);  // before the gradient, whose address takes a look-up
-        load_full<G>(elements_of<G>(grads, place), lane, c);
-        if (L2) {
-            float p[32];
-            load_full_of_type(param_type, params, place, lane, p);
-#pragma unroll
-            for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], __fmul_rn(l2, p[i]));
-        }
+        load_gradient<G, L2>(grads, params, param_type, place, lane, l2, c);
         bits = ~transpose_nibbles(bits, lane);
         float decayed = __fmul_rn(beta1, m);
 #pragma unroll
@@ -76,6 +83,51 @@ ENCODE(encode_masked_f16, f16, false, true)
 ENCODE(encode_masked_l2_f32, f32, true, true)
 ENCODE(encode_masked_l2_bf16, bf16, true, true)
 ENCODE(encode_masked_l2_f16, f16, true, true)
+
+// Where a block's numbers are written; `out` has the address of each chunk.
+__device__ __forceinline__ float* written(const i64* out, int block, i64 chunk_blocks, i64 block_size) {
+    int chunk = block / (int)chunk_blocks;
+    return reinterpret_cast<float*>(out[chunk]) + (block - chunk * chunk_blocks) * block_size;
+}
+
+template <typename G, bool L2>
+__device__ __forceinline__ void write_momentum_full(
+    const Place* places, i64 n, const i64* grads, const u8* momentum, const i64* params, Type param_type, const i64* out,
+    i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, float beta1, float alpha, float l2) {
+    int lane = threadIdx.x & 31;
+    for (i64 warp = warp_index(); warp < n; warp += all_warps()) {
+        Place place = places[warp];
+        Slot slot = slot_of(place.block, chunk_blocks, bits_bytes, payload_bytes, TILE);
+        float c[32];
+        u32 bits = words_at(momentum, slot)[word_of_lane(lane)];
+        float m = *scale_at(momentum, slot);
+        load_gradient<G, L2>(grads, params, param_type, place, lane, l2, c);
+        bits = ~transpose_nibbles(bits, lane);
+        float decayed = __fmul_rn(beta1, m);
+        float* target = written(out, place.block, chunk_blocks, TILE) + 4 * lane;
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) {
+            float four[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                four[k] = sum_of_two(flipped(decayed, bits, 4 * row + k), alpha, c[4 * row + k]);
+            store4(target + 128 * row, four[0], four[1], four[2], four[3]);
+        }
+    }
+}
+
+#define WRITE(NAME, G, L2)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS, L2 ? 2 : 3)                                                  \
+        NAME(LOCAL_ARGUMENTS, const i64* out, SIZE_ARGUMENTS) {                                                        \
+        write_momentum_full<G, L2>(places, n, grads, momentum, params, Type(param_type), out, chunk_blocks, bits_bytes, \
+            payload_bytes, number(beta1), number(alpha), number(l2));                                                  \
+    }
+WRITE(write_full_f32, f32, false)
+WRITE(write_full_bf16, bf16, false)
+WRITE(write_full_f16, f16, false)
+WRITE(write_full_l2_f32, f32, true)
+WRITE(write_full_l2_bf16, bf16, true)
+WRITE(write_full_l2_f16, f16, true)
 
 // 512 elements at a time: with half of the registers, twice as many warps keep as many loads under way.
 constexpr int HALF = ROWS / 2;
@@ -234,6 +286,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode_any(LOCAL_ARGUMENTS
         sums + place.block,
         SHAPE,
         lane);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) write_any(LOCAL_ARGUMENTS, const i64* out, SIZE_ARGUMENTS) {
+    int lane = threadIdx.x & 31;
+    for (i64 warp = warp_index(); warp < n; warp += all_warps()) {
+        Place place = places[warp];
+        Slot slot = slot_of(place.block, chunk_blocks, bits_bytes, payload_bytes, block_size);
+        LocalMomentum local = LOCAL_MOMENTUM(slot);
+        i64 count = count_of(place, numels, block_size);
+        float* target = written(out, place.block, chunk_blocks, block_size);
+        for (i64 first = 0; first < count; first += TILE) {
+            u32 real = real_bits(count - first, lane);
+            float values[ROWS][4];
+            local.fill(int(first / TILE), real, count - first >= TILE, lane, values);
+            store_tile(f32(), target + first, real, lane, values);
+        }
+    }
 }
 
 // residual <- (residual + sent) - c. Nearly always there is nothing to undo, so a few warps loop over all blocks.

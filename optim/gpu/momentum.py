@@ -42,7 +42,7 @@ def encode_momentum(
     l2: float,
 ) -> None:
     """As `StepKernels.encode_momentum`."""
-    local = _Local(part, grads, momentum, params, (beta1, alpha, l2))
+    local = _Local(part, part.mask, grads, momentum, params, (beta1, alpha, l2))
     part.layout.cache[_ENCODED] = local
     layout, device, out, squared = part.layout, part.sent.device, part.sent.data_ptr(), int(part.squared)
     for group in local.groups:
@@ -64,6 +64,29 @@ def encode_momentum(
         visit(_ONE_VISIT, 0)
 
 
+def write_momentum(
+    part: Part,
+    out: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momentum: Sequence[Tensor] | Tensor,
+    params: Sequence[Tensor],
+    *,
+    beta1: float,
+    alpha: float,
+    l2: float,
+) -> None:
+    """As `StepKernels.write_momentum`."""
+    local = _Local(part, None, grads, momentum, params, (beta1, alpha, l2))
+    device = part.gathered.device
+    targets = operand("written", out, part.layout, device, fp32=True).address
+    for group in local.groups:
+        of_types = f"write_full_{'l2_' if l2 else ''}{TYPES[group.kind % 4]}"
+        for places, kernel in ((group.full, of_types), (group.others, "write_any")):
+            if places.n:
+                arguments = (*local.arguments(places, group), targets, *_sizes(part))
+                launch(_SOURCE, kernel, device, 32 * places.n, *arguments)
+
+
 def undo_encode(
     part: Part,
     grads: Sequence[Tensor | None],
@@ -75,8 +98,10 @@ def undo_encode(
     l2: float,
     proceed: Tensor | None = None,
 ) -> None:
-    """As `StepKernels.undo_encode`; `encode_momentum` has told the device of the same arguments."""
-    local: _Local = part.layout.cache[_ENCODED]
+    """As `StepKernels.undo_encode`; if `encode_momentum` was called, it has told the device of the same arguments."""
+    local: _Local | None = part.layout.cache.get(_ENCODED)
+    if local is None:
+        local = _Local(part, part.mask, grads, momentum, params, (beta1, alpha, l2))
     rest = (part.sent.data_ptr(), address(proceed), *_sizes(part))
     for group in local.groups:
         threads = min(32 * group.all.n, _UNDO_THREADS)
@@ -137,13 +162,14 @@ class _Local:
     def __init__(
         self,
         part: Part,
+        mask: Tensor | None,
         grads: Sequence[Tensor | None],
         momentum: Sequence[Tensor] | Tensor,
         params: Sequence[Tensor],
         factors: tuple[float, float, float],
     ) -> None:
-        layout, device = part.layout, part.sent.device
-        self._buffers = (address(part.residual), address(part.mask))
+        layout, device = part.layout, part.gathered.device
+        self._buffers = (address(part.residual), address(mask))
         grad = operand("grads", grads, layout, device)
         operands = [grad, operand("encoded params", params, layout, device)] if factors[2] else [grad]
         packed = isinstance(momentum, Tensor)
@@ -155,7 +181,7 @@ class _Local:
         self._factors = tuple(map(bits, factors))
         self._numels = numels(layout, device).data_ptr()
         plain = packed and self._buffers[0] % 16 == 0
-        self.groups = sorted_blocks("encode", layout, device, operands, plain, lambda: _kinds(operands), part.mask)
+        self.groups = sorted_blocks("encode", layout, device, operands, plain, lambda: _kinds(operands), mask)
 
     def arguments(self, places: Places, group: Group) -> tuple[int, ...]:
         """LOCAL_ARGUMENTS of momentum.cu."""

@@ -57,8 +57,8 @@ def train(backend: Backend, name: str, resumed: bool = False, nodes: bool = Fals
             step_by(optimizer, params, gradients(backend.rank, step))
     assert optimizer.skipped_steps == 0
     if "local_group" in options:
-        assert optimizer.kernels == "torch"
         nodes = options["local_group"] < backend.size
+        assert optimizer.kernels == ("cpu" if nodes else "torch")
         assert (optimizer.stats.local_bytes > 0) == nodes
         shared = "shared memory" if backend.in_processes else backend.name
         assert optimizer.local_transport == (shared if nodes else None)
