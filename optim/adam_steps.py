@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
@@ -61,14 +62,28 @@ def take_in(
 
 
 def move(group: Mapping[str, Any], params: Sequence[Tensor], states: States) -> None:
-    """x <- x - lr·λ·x - lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵀ)) + ε), with the m and v that there are now."""
+    """x <- x - lr·λ·x - lr·(m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵀ)) + ε), with the m and v that there are now.
+
+    Rounded as `onebit.optim.kernels.StepKernels.decode_update` says.
+    """
     values = fp32_values(params, states, group)
     torch._foreach_add_([s["step"] for s in states], 1.0)
     decay(values, group)
     rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
-    spread = torch._foreach_sqrt([s["exp_avg_sq"] for s in states])
-    torch._foreach_div_(spread, list(roots))
+    spread = _square_roots([s["exp_avg_sq"] for s in states])
+    torch._foreach_mul_(spread, [1 / root for root in roots])
     torch._foreach_add_(spread, group["eps"])
-    momenta = [s["exp_avg"] for s in states]
-    torch._foreach_addcdiv_(values, momenta, spread, [-float(group["lr"]) * rate for rate in rates])
+    moved = torch._foreach_mul([s["exp_avg"] for s in states], [float(group["lr"]) * rate for rate in rates])
+    torch._foreach_div_(moved, spread)
+    torch._foreach_sub_(values, moved)
     write_back(params, values)
+
+
+def _square_roots(tensors: list[Tensor]) -> list[Tensor]:
+    """Of fp32 tensors, rounded once: torch's on the CPU are MKL's, which are a unit off here and there."""
+    if tensors[0].is_cuda:
+        return list(torch._foreach_sqrt(tensors))
+    made = [torch.empty_like(t) for t in tensors]
+    for t, root in zip(tensors, made, strict=True):
+        np.sqrt(t.numpy(), out=root.numpy())
+    return made

@@ -68,7 +68,7 @@ def local_momenta(
     values: Sequence[Tensor],
     group: Mapping[str, Any],
 ) -> list[Tensor]:
-    """β₁·m + (1-β₁)·(±g [+ λ·x]) of this rank, in new fp32 tensors.
+    """β₁·m + (1-β₁)·(±g [+ λ·x]) of this rank, in new fp32 tensors; rounded as fused kernels do.
 
     Args:
         momenta: fp32 tensors, not changed.
@@ -80,12 +80,17 @@ def local_momenta(
         return []
     beta1 = group["betas"][0]
     local = list(torch._foreach_mul(list(momenta), beta1))
-    pairs = [(m, g) for m, g in zip(local, gradients, strict=True) if g is not None]
-    if pairs:
-        sign = -1.0 if group["maximize"] else 1.0
-        torch._foreach_add_([m for m, _ in pairs], [g for _, g in pairs], alpha=sign * (1 - beta1))
+    sign = -1.0 if group["maximize"] else 1.0
+    given = [(i, g.float()) for i, g in enumerate(gradients) if g is not None]
+    terms = [g for _, g in given]
+    changed = [local[i] for i, _ in given]
     if not group["adamw_mode"] and group["weight_decay"]:
-        torch._foreach_add_(local, list(values), alpha=group["weight_decay"] * (1 - beta1))
+        whole = list(torch._foreach_mul(list(values), sign * group["weight_decay"]))
+        if given:
+            torch._foreach_add_([whole[i] for i, _ in given], terms)
+        terms, changed = whole, local
+    if terms:
+        torch._foreach_add_(changed, torch._foreach_mul(terms, sign * (1 - beta1)))
     return local
 
 
