@@ -65,6 +65,8 @@ def step_kernels() -> None:
         tests.test_what_is_sent_and_kept_is_the_codecs_for_the_local_momentum(block_size, "mean", dtypes)
         tests.test_parameters_move_as_by_separate_operations(block_size, "mean", dtypes)
         tests.test_error_feedback_is_put_back_where_the_step_does_not_proceed(block_size)
+    for block_size, dtypes in [(1024, dtypes) for dtypes in tests.DTYPES.values()] + [(96, DTYPES)]:
+        tests.test_a_local_momentum_is_written_to_wherever_a_chunk_is(block_size, dtypes)
     tests.test_scalars_are_those_of_fp64_rounded_once(1e-3, True)
     local: Any = importlib.import_module("tests.gpu.test_local_step")
     for dtypes in local.DTYPES.values():

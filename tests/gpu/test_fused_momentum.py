@@ -133,6 +133,57 @@ def test_what_is_sent_and_kept_is_the_codecs_for_the_local_momentum(
             assert wrong == (0, 0), f"{wrong} bytes and residuals differ; {told}, packed {packed}"
 
 
+@pytest.mark.parametrize(("block_size", "dtypes"), [(1024, d) for d in DTYPES.values()] + [(96, DTYPES["mixed"])])
+def test_a_local_momentum_is_written_to_wherever_a_chunk_is(block_size: int, dtypes: Sequence[torch.dtype]) -> None:
+    torch.manual_seed(0)
+    for sizes, chunks, masked, unaligned, l2 in itertools.product(
+        SIZES, (1, 3), (False, True), (False, True), (0.0, 0.01)
+    ):
+        case = case_of(SignCodec(block_size=block_size), sizes, chunks, masked)
+        layout = case.part.layout
+        grads: list[Tensor | None] = [*values(sizes, dtypes)]
+        if len(sizes) > 1:
+            grads[-1] = None
+        params = values(sizes, dtypes)
+        expected = local_momenta(case, grads, params, l2)
+        for packed in (True, False):
+            out = list(torch.zeros(chunks, layout.chunk_numel, device=DEVICE))[::-1]
+            momentum = case.payload.to(DEVICE) if packed else given(case.momenta, unaligned)
+            arguments = (case.part, out, given(grads, unaligned), momentum, given(params, unaligned))
+            kernels.write_momentum(*arguments, beta1=BETA1, alpha=ALPHA, l2=l2)
+            written, live = torch.cat(out).cpu(), live_of(case)
+            wrong = 0
+            for s in layout.segments:
+                span, right = layout.residual_span(s), expected[s.tensor][s.offset : s.offset + s.numel]
+                wrong += differing(written[span][live[span]], right[live[span]])
+            told = f"{sizes} in {chunks} chunks, masked {masked}, unaligned {unaligned}, l2 {l2}, packed {packed}"
+            assert wrong == 0, f"{wrong} numbers differ; {told}"
+
+
+@pytest.mark.parametrize("block_size", [1024, 96])
+def test_what_the_codec_has_encoded_is_undone_as_the_numbers_that_it_was(block_size: int) -> None:
+    torch.manual_seed(5)
+    sizes = [5000, 1, 33, 2048]
+    for masked in (False, True):
+        case = case_of(SignCodec(block_size=block_size), sizes, 2, masked)
+        mean = values(sizes, [torch.float32])
+        mean[0][4000] = float("nan")
+        before = case.residual.clone()
+        payload = case.codec.encode(mean, case.residual, layout=case.part.layout, mask=case.mask)
+        case.part.sent.copy_(payload)
+        case.part.residual.copy_(case.residual)
+        arguments, factors = (case.part, given(mean), given(mean), ()), {"beta1": 0.0, "alpha": 1.0, "l2": 0.0}
+        flag = torch.tensor(True, device=DEVICE)
+        kernels.undo_encode(*arguments, **factors, proceed=flag)
+        assert differing(case.part.residual, case.residual) == 0
+        kernels.undo_encode(*arguments, **factors, proceed=flag.fill_(False))
+        live = live_of(case)
+        back = case.part.residual.cpu()
+        assert differing(back[~live], case.residual[~live]) == 0
+        error = (back - before)[live].abs().max()
+        assert error <= 5 * 16 * 2**-24, f"off by {error}; masked {masked}"  # rounded as below
+
+
 def poison(grads: list[Tensor | None]) -> None:
     """Infinities and NaN in some blocks, large numbers in one, and a gradient that is not there."""
     for g in grads:

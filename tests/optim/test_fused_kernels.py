@@ -119,6 +119,40 @@ def test_a_local_momentum_is_encoded_to_the_codecs_own_bytes(
     assert s.part.residual.view(torch.int32).equal(residual.view(torch.int32))
 
 
+@pytest.mark.parametrize("source", ["fp32", "payload"])
+@pytest.mark.parametrize("l2", [0.0, -0.03])
+@pytest.mark.parametrize("past_cache", [False, True])
+@pytest.mark.parametrize("block_size", [1024, 96])
+def test_a_local_momentum_is_written_in_the_order_of_blocks_to_wherever_a_chunk_is(
+    source: str, l2: float, past_cache: bool, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "STREAM_BYTES", 0 if past_cache else 1 << 40)
+    s = sample(block_size, masked=True, chunks=3, kind="mixed")
+    layout = s.part.layout
+    out = list(torch.full((3, layout.chunk_numel), 7.0))[::-1]
+    kernels.write_momentum(s.part, out, s.grads, s.momentum(source), s.params, beta1=0.9, alpha=-0.1, l2=l2)
+    written, wanted = torch.cat(out), local(s, 0.9, -0.1, l2)
+    for segment in layout.segments:
+        got = written[layout.residual_span(segment)]
+        right = wanted[segment.tensor][segment.offset : segment.offset + segment.numel]
+        live = s.momenta[segment.tensor][segment.offset : segment.offset + segment.numel] != 0  # else it is masked
+        assert got[live].view(torch.int32).equal(right[live].view(torch.int32))
+
+
+def test_what_the_codec_has_encoded_is_undone_as_the_numbers_that_it_was() -> None:
+    """Average on two levels encode a node's mean, and no local momentum."""
+    s = sample(masked=True, kind="poisoned")
+    mean = [values("poisoned", n, torch.float32, torch.Generator().manual_seed(n)) for n in NUMELS]
+    before = s.part.residual.clone()
+    s.codec.encode(mean, s.part.residual, layout=s.part.layout, mask=s.part.mask, out=s.part.sent)
+    after = s.part.residual.clone()
+    kernels.undo_encode(s.part, mean, mean, (), beta1=0.0, alpha=1.0, l2=0.0, proceed=torch.tensor(True))
+    assert s.part.residual.view(torch.int32).equal(after.view(torch.int32))
+    kernels.undo_encode(s.part, mean, mean, (), beta1=0.0, alpha=1.0, l2=0.0)
+    torch.testing.assert_close(s.part.residual, before, rtol=0, atol=4 * 8 * 2.0**-23)  # rounded as above
+    assert not after.equal(before)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     numels=st.lists(st.integers(0, 2500), min_size=1, max_size=5),

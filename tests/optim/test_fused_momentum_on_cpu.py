@@ -38,6 +38,12 @@ def test_blocks_of_any_size(block_size: int | None, scale: str, monkeypatch: pyt
     on_gpu.test_parameters_move_as_by_separate_operations(block_size, scale, dtypes)
 
 
+@pytest.mark.parametrize(("block_size", "dtypes"), [(1024, "fp32"), (1024, "mixed"), (96, "mixed")])
+def test_what_is_written_for_the_mean_of_a_node(block_size: int, dtypes: str) -> None:
+    on_gpu.test_a_local_momentum_is_written_to_wherever_a_chunk_is(block_size, on_gpu.DTYPES[dtypes])
+    on_gpu.test_what_the_codec_has_encoded_is_undone_as_the_numbers_that_it_was(block_size)
+
+
 @pytest.mark.parametrize("block_size", [1024, None])
 def test_undoing(block_size: int | None) -> None:
     on_gpu.test_error_feedback_is_put_back_where_the_step_does_not_proceed(block_size)

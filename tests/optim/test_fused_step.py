@@ -30,7 +30,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no bias correction": {"bias_correction": False},
     "small buckets": {"bucket_mb": 0.0003},
     "fresh variance": {"variance_refresh": 7},
+    "two levels": {"local_group": 2, "bucket_mb": 0.0003},
 }
+TWO_LEVELS: dict[str, Any] = {"local_group": 2}
 
 
 # 102 elements: the fewer there are, the less likely is one that rounding brings across zero.
@@ -60,6 +62,7 @@ def largest(x: Tensor) -> float:
         ("no bias correction", 2, 1),
         ("small buckets", 2, 1),
         ("fresh variance", 2, 1),
+        ("two levels", 4, 1),
     ],
 )
 def test_220_steps_end_where_the_unfused_ones_end(variant: str, world_size: int, seed: int) -> None:
@@ -85,6 +88,27 @@ def test_220_steps_end_where_the_unfused_ones_end(variant: str, world_size: int,
         assert largest(one - other) <= 32 * UNIT * largest(other)
     assert all(bits(rank[0]) == bits(fused[0][0]) for rank in fused)
     assert fused[0][2] == unfused[0][2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("master", [False, True])
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("options", [{}, TWO_LEVELS], ids=str)
+def test_fused_and_unfused_steps_are_the_same_bit_for_bit(
+    dtype: torch.dtype, master: bool, coupled: bool, options: dict[str, Any]
+) -> None:
+    """So that a rank of a node which holds a slice of the state alone makes the steps of one that holds all of it."""
+    chosen = {"master_weights": master, "adamw_mode": not coupled, "weight_decay": 0.1, "maximize": True, **options}
+
+    def train(backend: Backend, fused: bool) -> Any:
+        params = [*parameters(dtype=dtype), Parameter(values(9, shape=(40, 60)))]
+        optimizer, seen = make(params, backend, fused, **chosen), []
+        for number in range(FREEZE + 6):
+            step(optimizer, patchy(params, backend.rank, number))
+            seen.append(bits(params))
+        return seen, feedback(optimizer), contents(optimizer)
+
+    assert run_threads(4, train, True) == run_threads(4, train, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -152,8 +176,15 @@ def test_a_state_dict_keeps_its_momentum_while_the_optimizer_goes_on() -> None:
     run_threads(2, train)
 
 
-@pytest.mark.parametrize("options", [{}, {"variance_refresh": 3}, {"adamw_mode": False}], ids=str)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        *((size, options) for size in (2, 3) for options in ({}, {"variance_refresh": 3}, {"adamw_mode": False})),
+        (4, TWO_LEVELS),
+        (6, {"local_group": 3, "variance_refresh": 3}),
+    ],
+    ids=str,
+)
 def test_a_step_that_the_device_decides_about_is_the_step_that_the_host_decides_about(
     world_size: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +249,14 @@ def test_one_rank_and_a_codec_without_kernels_have_no_fused_step_and_say_so() ->
             made.append(optimizer.kernels)
         return made
 
+    def on_one_node(backend: Backend) -> str:
+        params = parameters()
+        optimizer = make(params, backend, freeze_step=1, local_group=2)
+        for number in range(3):
+            step(optimizer, gradients(params, backend.rank, number))
+        return optimizer.kernels
+
+    assert run_threads(2, on_one_node) == ["torch"] * 2  # its mean comes in fp32
     assert run_threads(1, kernels) == [["torch", "torch"]]
     assert run_threads(2, kernels) == [["cpu", "torch"]] * 2
 
@@ -262,6 +301,34 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+@pytest.mark.parametrize(("coupled", "shape"), [(False, (1 << 20,)), (True, (1 << 19, 2))])
+def test_on_two_levels_a_rank_holds_no_momentum_in_fp32_and_a_step_takes_half_a_byte(
+    coupled: bool, shape: tuple[int, ...]
+) -> None:
+    """Per parameter: variance 4, error feedback 4/k and 4/n, momentum 1/8 and 4/1024."""
+
+    def train(backend: Backend) -> None:
+        params = [Parameter(torch.zeros(shape)), Parameter(torch.zeros(1000))]
+        numel = sum(p.numel() for p in params)
+        optimizer = make(params, backend, adamw_mode=not coupled, freeze_step=1, **TWO_LEVELS)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        for _ in range(3):
+            optimizer.step()
+        with Allocations() as allocations:
+            optimizer.step()
+        (fused,) = optimizer._fused.values()
+        residual = optimizer._reducers[0].residual
+        state = [t for s in optimizer.state.values() for t in tensors_in(s)]
+        buffers = [fused.payload(part) for part in fused.reduce.parts]
+        held = sum(t.numel() * t.element_size() for t in [*state, *buffers, *residual.worker, *residual.server])
+        assert held <= (4 + 4 / 2 + 4 / 4 + 0.2) * numel
+        numbers = 4 * numel  # this transport copies what travels inside a node, all of which is fp32 here
+        assert allocations.bytes - numbers <= 0.5 * numel, allocations.bytes / numel
+
+    run_threads(4, train)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("coupled", [False, True])
 def test_the_compressed_phase_holds_8_2_plus_4_over_n_bytes_and_a_step_takes_half_a_byte(
@@ -302,17 +369,18 @@ def test_the_compressed_phase_holds_8_2_plus_4_over_n_bytes_and_a_step_takes_hal
     run_threads(world_size, train)
 
 
-def test_what_was_saved_by_either_is_loaded_by_the_other() -> None:
+@pytest.mark.parametrize(("world_size", "options"), [(2, {}), (4, TWO_LEVELS)], ids=str)
+def test_what_was_saved_by_either_is_loaded_by_the_other(world_size: int, options: dict[str, Any]) -> None:
     def train(backend: Backend, first: bool) -> None:
         params = parameters()
-        one = make(params, backend, first)
+        one = make(params, backend, first, **options)
         for number in range(FREEZE + 2):
             step(one, gradients(params, backend.rank, number))
         saved = through_a_file(one.state_dict())
-        other = make(params, backend, not first)
+        other = make(params, backend, not first, **options)
         other.load_state_dict(saved)
         assert state_bits(other.state_dict()["state"]) == state_bits(one.state_dict()["state"])
         step(other, gradients(params, backend.rank, FREEZE + 2))
 
-    run_threads(2, train, True)
-    run_threads(2, train, False)
+    run_threads(world_size, train, True)
+    run_threads(world_size, train, False)
