@@ -12,7 +12,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from onebit.optim.master import fp32_values, write_back
-from onebit.optim.moments import corrections, decay, wanted
+from onebit.optim.moments import batches, corrections, decay, wanted
 
 States = Sequence[dict[str, Any]]
 
@@ -68,14 +68,16 @@ def move(group: Mapping[str, Any], params: Sequence[Tensor], states: States) -> 
     """
     values = fp32_values(params, states, group)
     torch._foreach_add_([s["step"] for s in states], 1.0)
-    decay(values, group)
     rates, roots = zip(*(corrections(s, group) for s in states), strict=True)
-    spread = _square_roots([s["exp_avg_sq"] for s in states])
-    torch._foreach_mul_(spread, [1 / root for root in roots])
-    torch._foreach_add_(spread, group["eps"])
-    moved = torch._foreach_mul([s["exp_avg"] for s in states], [float(group["lr"]) * rate for rate in rates])
-    torch._foreach_div_(moved, spread)
-    torch._foreach_sub_(values, moved)
+    variances, momenta = [s["exp_avg_sq"] for s in states], [s["exp_avg"] for s in states]
+    for some in batches(values):
+        decay(values[some], group)
+        spread = _square_roots(variances[some])
+        torch._foreach_mul_(spread, [1 / root for root in roots[some]])
+        torch._foreach_add_(spread, group["eps"])
+        moved = torch._foreach_mul(momenta[some], [float(group["lr"]) * rate for rate in rates[some]])
+        torch._foreach_div_(moved, spread)
+        torch._foreach_sub_(values[some], moved)
     write_back(params, values)
 
 

@@ -79,19 +79,29 @@ def local_momenta(
     if not momenta:
         return []
     beta1 = group["betas"][0]
-    local = list(torch._foreach_mul(list(momenta), beta1))
     sign = -1.0 if group["maximize"] else 1.0
-    given = [(i, g.float()) for i, g in enumerate(gradients) if g is not None]
-    terms = [g for _, g in given]
-    changed = [local[i] for i, _ in given]
-    if not group["adamw_mode"] and group["weight_decay"]:
-        whole = list(torch._foreach_mul(list(values), sign * group["weight_decay"]))
-        if given:
-            torch._foreach_add_([whole[i] for i, _ in given], terms)
-        terms, changed = whole, local
-    if terms:
-        torch._foreach_add_(changed, torch._foreach_mul(terms, sign * (1 - beta1)))
+    coupled = 0.0 if group["adamw_mode"] else sign * group["weight_decay"]
+    local: list[Tensor] = []
+    for some in batches(momenta):
+        made = list(torch._foreach_mul(list(momenta[some]), beta1))
+        given = [(i, g.float()) for i, g in enumerate(gradients[some]) if g is not None]
+        targets, terms = [made[i] for i, _ in given], [g for _, g in given]
+        if coupled:
+            decayed = list(torch._foreach_mul(list(values[some]), coupled))
+            if given:
+                torch._foreach_add_([decayed[i] for i, _ in given], terms)
+            targets, terms = made, decayed
+        if terms:
+            torch._foreach_add_(targets, torch._foreach_mul(terms, sign * (1 - beta1)))
+        local += made
     return local
+
+
+def batches(tensors: Sequence[Tensor]) -> list[slice]:
+    """Which tensors to treat together: on a GPU all, in few launches; on a CPU one, as its temporaries stay in cache."""
+    if not tensors:
+        return []
+    return [slice(None)] if tensors[0].is_cuda else [slice(i, i + 1) for i in range(len(tensors))]
 
 
 def decay(values: Sequence[Tensor], group: Mapping[str, Any]) -> None:
