@@ -128,7 +128,8 @@ class CompressedAllreduce(Planned):
 
         Args:
             encode: called once per part, in order; its work is queued on torch's current stream.
-                With `local_group`, where the mean of a node is encoded, it has to call the one of `encoding`.
+                With `local_group`, where the mean of a node is encoded, it has to call the one of `encoding`, or
+                ``part.fill``.
             undo: puts `residual` of a part that was encoded back; called by `CompressedWork.undo`, and when the
                 transport fails. None: the caller does it where it catches the `TransportError`.
             overlap: as for `start`.

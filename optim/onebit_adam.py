@@ -61,10 +61,10 @@ class OnebitAdam(Sharding):
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire after warm-up.
-        local_group: as for `onebit.comm.CompressedAllreduce`; compressed steps are then made by torch's operations.
+        local_group: as for `onebit.comm.CompressedAllreduce`.
         shard: with `local_group`, every rank of a node holds the moments, masters and error feedback of a slice of the
             parameters alone, updates that slice and gets the others from the ranks of its node; the steps are the same
-            bit for bit. See `onebit.optim.sharding`.
+            bit for bit, and made by torch's operations. See `onebit.optim.sharding`.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
         overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in

@@ -69,7 +69,7 @@ class OnebitLamb(Freezing):
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire after warm-up.
-        local_group: as for `onebit.comm.CompressedAllreduce`; compressed steps are then made by torch's operations.
+        local_group: as for `onebit.comm.CompressedAllreduce`.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
         overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in
@@ -145,8 +145,8 @@ class OnebitLamb(Freezing):
     def kernels(self) -> str:
         """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
 
-        Fused kernels are for a `SignCodec`, on more than one rank and without `local_group`; steps with a factor r have
-        them on CUDA devices alone, for blocks of 1024. Between their steps ``state_dict()`` has ``exp_avg`` but
+        Fused kernels are for a `SignCodec`, on more than one rank, with `local_group` on more than one node (of which the
+        first step makes sure); steps with a factor r have them on CUDA devices alone, for blocks of 1024. Between their steps ``state_dict()`` has ``exp_avg`` but
         ``state`` does not. Of several groups the first one with parameters is told of.
         """
         group = next((group for group in self.param_groups if group["params"]), None)

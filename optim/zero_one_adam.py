@@ -69,7 +69,7 @@ class ZeroOneAdam(FusedGroups):
         bucket_mb: MiB of fp32 that travel together, None: what suits the device; changes no result.
         backend: None, a name, a process group, a communicator or a Backend; see `onebit.comm.make_backend`.
         codec: what goes on the wire in synchronised steps.
-        local_group: as for `onebit.comm.CompressedAllreduce`; compressed steps are then made by torch's operations.
+        local_group: as for `onebit.comm.CompressedAllreduce`.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
         overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in

@@ -8,7 +8,8 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from onebit.comm import (
     CompressedAllreduce,
     InputError,
     MismatchError,
+    Part,
     Residual,
     TransportError,
     make_backend,
@@ -241,6 +243,38 @@ def test_a_tensor_that_fills_its_bucket_is_sent_as_it_lies_and_not_kept(transpor
         return torch.zeros(numel), [torch.zeros(numel // 2)] * 2
 
     assert run_threads(4, average) == [True] * 4
+
+
+def test_numbers_that_are_written_where_they_are_needed_are_averaged_as_tensors_that_are_given(transport: str) -> None:
+    def average(backend: Backend) -> None:
+        given, written = (
+            CompressedAllreduce(samples(0, 0), backend, CODEC, local_group=2, bucket_mb=SMALL_BUCKET) for _ in range(2)
+        )
+        for call in range(3):
+            tensors = samples(backend.rank, call)
+            rows = [t.float().contiguous().view(-1) for t in tensors]
+
+            def write(part: Part, chunks: Sequence[Tensor], rows: list[Tensor] = rows) -> None:
+                layout, used = part.layout, [rows[i] for i in part.used]
+                flat = torch.full((layout.padded_numel,), 7.0)  # padding is not read
+                for s in layout.segments:
+                    flat[layout.residual_span(s)] = used[s.tensor][s.offset : s.offset + s.numel]
+                for chunk, numbers in zip(chunks, flat.view(layout.chunks, -1), strict=True):
+                    chunk.copy_(numbers)
+
+            def encode(part: Part, write: Callable[..., None] = write) -> None:
+                assert isinstance(part, TwoLevelPart)
+                part.fill(partial(write, part))
+
+            out = [torch.empty_like(t) for t in tensors]
+            work = written.start_with(encode)
+            work.finish()
+            work.decode(out)
+            given(tensors)
+            assert bits(out) == bits(tensors)
+            assert state_bits(written.state_dict()) == state_bits(given.state_dict())
+
+    run_threads(4, average)
 
 
 def test_every_rank_keeps_and_sends_between_nodes_a_kth(transport: str) -> None:

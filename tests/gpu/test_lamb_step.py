@@ -246,6 +246,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no factor": NO_FACTOR,
     "no factor, no decay, maximize": {**NO_FACTOR, "weight_decay": 0.0, "maximize": True},
     "no factor, small buckets, strong decay": {**NO_FACTOR, "bucket_mb": 0.005, "weight_decay": 0.5},
+    "two levels": {"local_group": 2},
+    "two levels, no factor": {**NO_FACTOR, "local_group": 2},
 }
 
 
@@ -284,8 +286,9 @@ def test_40_steps_end_where_the_unfused_ones_end(variant: str, world_size: int) 
         fresh = [state["exp_avg_sq_fresh"].cpu() for _, state in sorted(saved.items()) if "exp_avg_sq_fresh" in state]
         return path, fresh, optimizer.param_groups[0]
 
-    per_rank = run_threads(world_size, train, True)
-    by_torch, by_torch_fresh, group = run_threads(world_size, train, False)[0]
+    ranks = world_size * VARIANTS[variant].get("local_group", 1)
+    per_rank = run_threads(ranks, train, True)
+    by_torch, by_torch_fresh, group = run_threads(ranks, train, False)[0]
     for path, fresh, _ in per_rank:
         assert_together(path, by_torch, group)
         for i, (v, w) in enumerate(zip(fresh, by_torch_fresh, strict=True)):

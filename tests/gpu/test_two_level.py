@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from onebit.comm import (
     run_threads,
 )
 from onebit.compress import Codec, Int8Codec, SignCodec
-from onebit.optim import OnebitAdam, ZeroOneAdam
+from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam
 from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import SMALL_BUCKET, bits, normal, samples
@@ -118,22 +120,30 @@ def check_an_average_can_be_captured_and_replayed(backend: Backend) -> None:
         assert torch.equal(x, expected), f"{int((x != expected).sum())} of {x.numel()} elements differ"
 
 
-def train(backend: Backend, kind: type, overlap: bool) -> list[bytes]:
+def train(
+    backend: Backend, kind: type, overlap: bool, bad_step: int | None = None, kernels: str | None = None, **options: Any
+) -> list[bytes]:
+    """Parameters after six steps; `bad_step`: one more beside this one, of which a rank has a number that is none."""
     params = [torch.nn.Parameter(normal(77, i).to(device_of(backend))) for i in range(3)]
-    first = "freeze_step" if kind is OnebitAdam else "var_freeze_step"
-    optimizer = kind(params, lr=1e-2, backend=backend, local_group=NODE, overlap=overlap, bucket_mb=0.01, **{first: 2})
+    first = "var_freeze_step" if kind is ZeroOneAdam else "freeze_step"
+    codec = SignCodec(kernels=kernels)  # type: ignore[arg-type]
+    usual = {"lr": 1e-2, "local_group": NODE, "bucket_mb": 0.01, "codec": codec, first: 2}
+    optimizer = kind(params, backend=backend, overlap=overlap, **{**usual, **options})
     for step in range(6):
-        optimizer.zero_grad()
-        gradients = [normal(backend.rank, step, i).to(device_of(backend)) for i in range(3)]
-        sum((p * g).sum() for p, g in zip(params, gradients, strict=True)).backward()
-        optimizer.step()
-    assert optimizer.skipped_steps == 0
-    assert optimizer.kernels == "torch"
+        for seed in (step, 100)[: 1 + (step == bad_step)]:
+            optimizer.zero_grad()
+            gradients = [normal(backend.rank, seed, i).to(device_of(backend)) for i in range(3)]
+            if seed == 100 and backend.rank == 3:
+                gradients[1][5] = torch.inf
+            sum((p * g).sum() for p, g in zip(params, gradients, strict=True)).backward()
+            optimizer.step()
+    assert optimizer.skipped_steps == (bad_step is not None)
+    assert optimizer.kernels == ("gpu" if kernels is None else "torch"), optimizer.kernels
     return bits(params)
 
 
 def check_optimizers_keep_ranks_equal_with_and_without_overlap(backend: Backend) -> None:
-    for kind in (OnebitAdam, ZeroOneAdam):
+    for kind in (OnebitAdam, OnebitLamb, ZeroOneAdam):
         for overlap in (False, True):
             mine = [
                 torch.frombuffer(bytearray(content), dtype=torch.float32) for content in train(backend, kind, overlap)
@@ -146,12 +156,32 @@ def check_optimizers_keep_ranks_equal_with_and_without_overlap(backend: Backend)
                 assert not wrong, f"{kind.__name__}, overlap={overlap}: {wrong} differ from rank {rank}"
 
 
+def check_fused_steps_have_the_bits_of_torchs_operations(backend: Backend) -> None:
+    for what, options in {"decoupled": {}, "coupled": {"adamw_mode": False, "weight_decay": 0.1}}.items():
+        fused = train(backend, OnebitAdam, False, **options)
+        by_torch = train(backend, OnebitAdam, False, kernels="reference", **options)
+        for i, (a, b) in enumerate(zip(fused, by_torch, strict=True)):
+            wrong = sum(x != y for x, y in zip(a, b, strict=True))
+            assert not wrong, f"{what}: parameter {i}: {wrong} of {len(a)} bytes differ"
+
+
+def check_a_step_that_is_not_finite_leaves_no_trace(backend: Backend) -> None:
+    for overlap in (False, True):
+        clean, spoilt = (train(backend, OnebitAdam, overlap, bad_step=bad) for bad in (None, 3))
+        for i, (a, b) in enumerate(zip(clean, spoilt, strict=True)):
+            one, other = (torch.frombuffer(bytearray(content), dtype=torch.float32) for content in (a, b))
+            # Error feedback is put back to within rounding.
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5, msg=lambda m, i=i: f"parameter {i}: {m}")
+
+
 CHECKS: tuple[Check, ...] = (
     check_levels_are_groups_of_their_own,
     check_two_levels_have_the_bits_of_the_cpu,
     check_the_phases_have_the_bits_of_the_cpu,
     check_one_node_is_the_mean,
     check_optimizers_keep_ranks_equal_with_and_without_overlap,
+    check_fused_steps_have_the_bits_of_torchs_operations,
+    check_a_step_that_is_not_finite_leaves_no_trace,
     check_an_average_can_be_captured_and_replayed,
 )
 

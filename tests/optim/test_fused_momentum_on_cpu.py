@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import Parameter
 
+from onebit.comm import Backend, run_threads
+from onebit.optim import OnebitAdam, fused_groups
+from onebit.optim.fused import FusedMomentum
+from onebit.optim.gpu import momentum
 from tests.gpu import test_fused_momentum as on_gpu
+from tests.optim import warps_on_cpu
+from tests.optim.samples import contents, feedback, parameters, patchy, step, values
 from tests.optim.warps_on_cpu import COMPILER, kernels_on_cpu
 
 __all__ = ["kernels_on_cpu"]
@@ -57,3 +67,42 @@ def test_dead_entries_and_new_addresses() -> None:
 @pytest.mark.parametrize("bias_correction", [True, False])
 def test_scalars(bias_correction: bool) -> None:
     on_gpu.test_scalars_are_those_of_fp64_rounded_once(1e-3, bias_correction)
+
+
+def test_whole_steps_on_two_levels_that_the_device_decides_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of the CPU's kernels, for which the host decides; some steps have a number that is not finite."""
+
+    def train(backend: Backend) -> list[Any]:
+        params = [*parameters(), Parameter(values(9, shape=(40, 60)))]
+        optimizer = OnebitAdam(params, lr=1e-2, freeze_step=2, backend=backend, local_group=2, bucket_mb=0.004)
+        seen = []
+        for number in range(8):
+            given = patchy(params, backend.rank, number)
+            given[-1] = values(10, number, backend.rank, shape=(40, 60))
+            given[-1][values(1, shape=(40, 60)) < 0.5] = 0.0  # dead entries
+            if number in (2, 5) and backend.rank == 3:
+                given[-1][3, 4] = math.inf
+            step(optimizer, given)
+            seen.append((contents(optimizer), feedback(optimizer), optimizer.skipped_steps))
+        assert optimizer.skipped_steps == 2
+        return seen
+
+    expected = run_threads(4, train)
+    one_at_a_time = threading.Lock()  # ranks are threads, and a kernel's lanes are kept in one place
+    settling = set()
+    original = FusedMomentum.__init__
+
+    def launch(*arguments: Any) -> None:
+        with one_at_a_time:
+            warps_on_cpu.launch(*arguments)
+
+    def init(self: FusedMomentum, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.settles = True
+        settling.add(self.kernels.name)
+
+    monkeypatch.setattr(momentum, "launch", launch)
+    monkeypatch.setattr(fused_groups, "step_kernels", lambda device, codec: momentum)
+    monkeypatch.setattr(FusedMomentum, "__init__", init)
+    assert run_threads(4, train) == expected
+    assert settling == {"gpu"}
