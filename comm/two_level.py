@@ -128,8 +128,9 @@ class TwoLevelBucket(Bucket):
         encode(self.part)
         if not self._node.filled:
             raise InputError(
-                "start_with() with local_group= takes an encode that calls the one of encoding(), or fill() of the part, "
-                "every time, since what is encoded is the mean of the node; average without local_group, or call start()"
+                "start_with() with local_group= takes an encode that calls the one of encoding(), or the part's "
+                "fill(), for every part, since what is encoded is the mean of the node; average without local_group, "
+                "or call start()"
             )
         self.encoded = True
 

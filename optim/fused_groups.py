@@ -34,9 +34,9 @@ class FusedGroups(CompressedOptimizer):
     def kernels(self) -> str:
         """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
 
-        Fused kernels are for a `SignCodec`, on more than one rank, with `local_group` on more than one node (of which the
-        first step makes sure), and without `shard`. Between their steps the momentum is kept as it was sent, so
-        ``state_dict()`` has ``exp_avg`` but ``state`` does not.
+        Fused kernels are for a `SignCodec`, on more than one rank, with `local_group` on more than one node (how many
+        there are is known after the first step), and without `shard`. Between their steps the momentum is kept as it
+        was sent, so ``state_dict()`` has ``exp_avg`` but ``state`` does not.
         """
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         fused = self._step_kernels(device) if self.backend.size > 1 else None

@@ -98,7 +98,7 @@ def local_momenta(
 
 
 def batches(tensors: Sequence[Tensor]) -> list[slice]:
-    """Which tensors to treat together: on a GPU all, in few launches; on a CPU one, so that temporaries stay in cache."""
+    """Which tensors to treat together: on GPUs all, in few launches; on CPUs one, so that temporaries stay in cache."""
     if not tensors:
         return []
     return [slice(None)] if tensors[0].is_cuda else [slice(i, i + 1) for i in range(len(tensors))]

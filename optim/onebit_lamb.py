@@ -145,9 +145,10 @@ class OnebitLamb(Freezing):
     def kernels(self) -> str:
         """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
 
-        Fused kernels are for a `SignCodec`, on more than one rank, with `local_group` on more than one node (of which the
-        first step makes sure); steps with a factor r have them on CUDA devices alone, for blocks of 1024. Between their steps ``state_dict()`` has ``exp_avg`` but
-        ``state`` does not. Of several groups the first one with parameters is told of.
+        Fused kernels are for a `SignCodec`, on more than one rank, with `local_group` on more than one node (how many
+        there are is known after the first step); steps with a factor r have them on CUDA devices alone, for blocks of
+        1024. Between their steps ``state_dict()`` has ``exp_avg`` but ``state`` does not. Of several groups the first
+        one with parameters is told of.
         """
         group = next((group for group in self.param_groups if group["params"]), None)
         if group is None or self.backend.size == 1:
