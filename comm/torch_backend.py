@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import weakref
@@ -78,6 +79,8 @@ class TorchBackend(Backend):
         self._watch: Watch | None = None
         self._parts: weakref.WeakSet[TorchBackend] = weakref.WeakSet()
         self.peers: PeerMemory | None = None
+        if device_type == "cpu":
+            _over_gloo.add(self)
         if device_type == "cuda":
             self.peers = PeerMemory(self)
             if timeout is None:
@@ -100,11 +103,20 @@ class TorchBackend(Backend):
         self._order.broken_by = operation
         self._abort()
 
+    @property
+    def sound(self) -> bool:
+        self._ask_peers()
+        return super().sound
+
     def check(self) -> None:
+        self._ask_peers()
+        super().check()
+
+    def _ask_peers(self) -> None:
+        """Take note if a kernel has stopped waiting for a peer: what it brought is worthless, and the group broken."""
         if self.peers is not None and self.peers.given_up and self._order.given_up is None:
             self._order.given_up = ("exchange through peers' memory", self.timeout)
             self._order.broken_by = self._order.given_up[0]
-        super().check()
 
     def _abort(self) -> None:
         if self.peers is not None:
@@ -202,6 +214,18 @@ class TorchBackend(Backend):
         except (AttributeError, RuntimeError):  # with TORCH_DISTRIBUTED_DEBUG=DETAIL, for one, it does not tell
             return DEFAULT_TIMEOUT
         return limit.total_seconds()
+
+
+_over_gloo: weakref.WeakSet[TorchBackend] = weakref.WeakSet()
+
+
+@atexit.register
+def _let_go() -> None:
+    """Drop groups that the caller has destroyed: a thread of Gloo's that outlives the interpreter can abort it."""
+    if not dist.is_initialized():
+        for backend in list(_over_gloo):
+            vars(backend).pop("_transport", None)
+            vars(backend).pop("group", None)
 
 
 def _timeout_of(reference: weakref.ref[TorchBackend]) -> float:
