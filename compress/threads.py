@@ -7,9 +7,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
+from math import isqrt
 
 from onebit.compress.errors import InputError
 from onebit.compress.launch_env import local_world_size
+
+FEW = 4  # threads, which are worth their waking wherever there is work for each
 
 _chosen: int | None = None
 _pool: ThreadPoolExecutor | None = None
@@ -44,13 +47,16 @@ def set_num_threads(count: int | None) -> None:
 def share_out(kernel: Callable[..., None], total: int, least: int, *arguments: int) -> None:
     """Call `kernel(first, last, *arguments)` over ranges that cover [0, total), on up to `num_threads()` threads.
 
-    The caller works too, so it returns when all is done even if the pool is busy. A range has at least `least` items.
+    The caller works too, so it returns when all is done even if the pool is busy. A range has at least `least` items,
+    which take about as long as waking a thread. Threads are woken one after the other, so p of them take w/p + p
+    wakings for work that is worth w: more than √w only make it longer.
     """
     if total < 2 * least:
         if total:
             kernel(0, total, *arguments)
         return
-    parts = min(num_threads(), total // least)
+    worth = total // least
+    parts = min(num_threads(), worth, max(FEW, isqrt(worth)))
     bounds = [total * part // parts for part in range(parts + 1)]
     others = [_executor().submit(kernel, first, last, *arguments) for first, last in pairwise(bounds[1:])]
     try:

@@ -17,7 +17,7 @@ from numba.core import analysis, compiler, ir
 from onebit.compress import InputError, SignCodec, num_threads, set_num_threads
 from onebit.compress.cpu import kernels
 from onebit.compress.launch_env import LAUNCHERS
-from onebit.compress.threads import share_out
+from onebit.compress.threads import FEW, share_out
 from tests.compress import samples
 
 CORES = 12
@@ -129,8 +129,18 @@ def test_work_is_shared_out_without_gaps_and_in_parts_worth_a_thread(total: int,
     assert len(covered) <= threads
     assert all(last - first >= min(50, total) for first, last, _ in covered)
     assert all(name == "argument" for *_, name in covered)
-    if total >= 50 * threads:
+    if total >= 50 * threads and threads <= FEW:
         assert len(covered) == threads
+
+
+@pytest.mark.parametrize(("worth", "expected"), [(3, 3), (4, 4), (24, 4), (36, 6), (99, 9), (10_000, CORES)])
+def test_more_threads_than_their_waking_is_worth_are_left_asleep(worth: int, expected: int) -> None:
+    """The time w/p + p of w units of work on p threads is smallest for `expected`, or for fewer than are always used."""
+    ranges = []
+    share_out(lambda first, last: ranges.append((first, last)), 50 * worth, 50)
+    assert len(ranges) == expected
+    if FEW < expected < CORES:
+        assert min(range(1, CORES + 1), key=lambda p: worth / p + p) in (expected, expected + 1)
 
 
 def test_an_exception_in_another_threads_part_reaches_the_caller() -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from onebit.comm import Backend, CompressedAllreduce, TransportError, compressed_allreduce, make_backend, run_threads
+from onebit.comm import (
+    Backend,
+    CompressedAllreduce,
+    TransportError,
+    compressed_allreduce,
+    make_backend,
+    peer_memory,
+    run_threads,
+)
 from onebit.comm.gpu.exchange import Exchange, mailbox_bytes
 from onebit.comm.peer_memory import LARGEST, SWITCH, PeerCollective
 from onebit.comm.torch_backend import TorchBackend
@@ -203,32 +213,22 @@ def test_graphs_and_calls_on_several_streams_do_not_disturb_each_other() -> None
         assert wrong == [0] * len(wrong)
 
 
-def check_memory(backend: Backend) -> list[int]:
-    """Bytes in use on the device after each of several averages has come and gone."""
-    used = []
-    for _ in range(12):
-        x = normal(backend.rank, numel=100_000).cuda()
-        reduce = CompressedAllreduce(x, backend)
-        for _ in range(2):
-            reduce(x)
-        del reduce
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        used.append(total - free)
-    return used
-
-
 def check_single_calls(backend: Backend) -> int:
-    """Bytes that averages made for a single call have left mapped."""
+    """How often averages that are made for a single call have mapped memory."""
+    made = 0
+    make = peer_memory._make
+
+    def counted(*args: Any) -> Exchange:
+        nonlocal made
+        made += 1
+        return make(*args)
+
+    peer_memory._make = counted
     x = normal(backend.rank, numel=100_000).cuda()
-    used = []
-    for _ in range(8):
+    for _ in range(4):
         compressed_allreduce(x, backend=backend)
-        torch.cuda.synchronize()
-        free, total = torch.cuda.mem_get_info()
-        used.append(total - free)
-    return used[-1] - used[1]
+    torch.cuda.synchronize()
+    return made
 
 
 @two_devices
@@ -236,10 +236,24 @@ def test_what_is_made_for_one_call_maps_nothing() -> None:
     assert run_ranks("nccl", 2, check_single_calls) == [0, 0]
 
 
+def check_memory(backend: Backend) -> list[int]:
+    """How many pieces of memory wait to be freed after each of several averages has come and gone."""
+    waiting = []
+    for _ in range(6):
+        x = normal(backend.rank, numel=100_000).cuda()
+        reduce = CompressedAllreduce(x, backend)
+        for _ in range(2):
+            reduce(x)
+        del reduce
+        gc.collect()
+        waiting.append(len(peer_memory._retired))
+    return waiting
+
+
 @two_devices
-def test_memory_of_averages_that_are_gone_comes_back() -> None:
-    for used in run_ranks("nccl", 2, check_memory):
-        assert used[-1] - used[3] <= 2**22, used  # two pieces of 2 MiB may wait to be freed
+def test_memory_of_averages_that_are_gone_is_freed_when_the_next_is_made() -> None:
+    for waiting in run_ranks("nccl", 2, check_memory):
+        assert waiting == [2] * 6, waiting  # those of the two collectives of the last
 
 
 def check_timeout(_: Backend) -> tuple[bool, str, float]:
