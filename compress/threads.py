@@ -20,7 +20,7 @@ _lock = threading.Lock()
 
 
 def num_threads() -> int:
-    """Threads that a CPU kernel of this process uses.
+    """The most threads that a CPU kernel of this process uses; fewer work on tensors that are not worth waking so many.
 
     What `set_num_threads` or the variable ``ONEBIT_NUM_THREADS`` says; otherwise the cores this process may run on,
     divided by the number of ranks on this machine as the launcher tells it (``LOCAL_WORLD_SIZE`` of torchrun and its
