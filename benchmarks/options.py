@@ -44,13 +44,24 @@ class Options:
     plot: bool
 
 
+def _table_of_cases() -> str:
+    """One case a line, under the name of its family."""
+    lines = ["cases, by family:"]
+    for family in dict.fromkeys(case.family for case in CASES):
+        lines.append(f"  {family}")
+        lines.extend(f"    {case.name}: {case.summary}" for case in CASES if case.family == family)
+    return "\n".join(lines)
+
+
 def parser() -> argparse.ArgumentParser:
     """Every flag with its help."""
     flags = argparse.ArgumentParser(
         prog="python -m onebit.benchmarks",
-        description="Times onebit's kernels, collectives and steps and checks what they give. Runs alone, under "
-        "torchrun, or under mpiexec with --backend mpi. 'python -m onebit.benchmarks plot' draws JSON results.",
-        epilog="cases: " + "; ".join(f"{case.name} ({case.family}): {case.summary}" for case in CASES),
+        description="Times onebit's kernels, collectives and steps and checks what they give.\n"
+        "Runs alone, under torchrun, or under mpiexec with --backend mpi.\n"
+        "'python -m onebit.benchmarks plot' draws JSON results.",
+        epilog=_table_of_cases(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flags.add_argument("-b", "--minbytes", type=parse_size, default="256M", help="first size, bytes of the tensor")
     flags.add_argument("-e", "--maxbytes", type=parse_size, help="last size (the first one)")

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 _AT_ONCE = 1 << 20  # elements that are widened to 64 bits together
 _MIX = (-7046029254386353131, -4658895280553007687)  # odd, and as random as two constants can be
 _REMEDY = (
-    "The replicas have drifted apart: a rank has changed its parameters by itself, or a device has computed wrongly. "
-    "Go on from a checkpoint that passes this check, or make them equal with onebit.comm.broadcast"
+    "The replicas have drifted apart: a rank has changed its parameters, or an option such as lr, by itself, or a "
+    "device has computed wrongly. Go on from a checkpoint that passes this check, or make them equal with "
+    "onebit.comm.broadcast"
 )
 
 
