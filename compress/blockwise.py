@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onebit.compress.blocks import codes_of, gathered, mask_of, real_elements, scales_of, scatter
+from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout
 from onebit.compress.reference import all_finite, unpack_bits
 
@@ -128,6 +129,7 @@ def _encode(
         values = values + old
     c = torch.where(live, values.view(live.shape), 0.0)
     codes, scales = how.encode(c)
+    _check_written(how, codes, scales, (len(c), layout.block_bytes))
     payloads = out.shape[0]
     codes_of(out, layout).copy_(codes.view(payloads, -1))
     scales_of(out, layout).copy_(scales.view(payloads, -1))
@@ -136,6 +138,16 @@ def _encode(
         kept = ~scales.isfinite()[:, None] | ~real
         new = torch.where(kept, old.view(live.shape), torch.where(live, c - said, 0.0))
         residual[:held] = new.view(-1)[:held]
+
+
+def _check_written(how: BlockFormat, codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> None:
+    """Raise InputError unless a format's codes are uint8 of `shape` and its scales are one per block."""
+    if codes.dtype != torch.uint8 or codes.shape != shape or scales.shape != shape[:1]:
+        raise InputError(
+            f"{type(how).__name__}.encode must return codes, uint8 {shape}, and scales, {shape[:1]}; got "
+            f"{str(codes.dtype).removeprefix('torch.')} {tuple(codes.shape)} and {tuple(scales.shape)}: let it write "
+            "the codec's `bits` per element, and one scale per block"
+        )
 
 
 def _mean(payloads: Tensor, layout: Layout, how: BlockFormat) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from onebit.comm import Backend, CompressedAllreduce, run_threads
-from onebit.compress import Codec
+from onebit.compress import BlockFormat, BlockOperators, Codec, InputError
 from onebit.optim import OnebitAdam
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import Trace, bits, normal, state_bits, trace
@@ -100,3 +102,47 @@ def test_an_optimizer_trains_with_it() -> None:
     assert one == other
     assert one[1] == "torch"
     assert one[0] < 2.5  # from 9.3, of which two elements of 64 are told at a time
+
+
+class Written(BlockFormat):
+    """Writes what a test gave it."""
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        self.written = codes, scales
+
+    def encode(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        return self.written
+
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        raise AssertionError("nothing wrong is decoded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenCodec(Codec):
+    """Of one bit per element."""
+
+    bits: ClassVar[int] = 1
+    written: Written
+
+    def kernels_on(self, device: torch.device | str) -> str:
+        return "torch"
+
+    def unchecked(self, device: torch.device) -> BlockOperators:
+        return BlockOperators(self.written)
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales"),
+    [
+        (torch.zeros(3, 7, dtype=torch.uint8), torch.ones(3)),
+        (torch.zeros(2, 8, dtype=torch.uint8), torch.ones(2)),
+        (torch.zeros(3, 8), torch.ones(3)),
+        (torch.zeros(3, 8, dtype=torch.uint8), torch.ones(3, 1)),
+    ],
+    ids=["bytes of a block", "blocks", "dtype", "scales"],
+)
+def test_a_format_that_writes_what_does_not_fit_is_named_and_leaves_the_residual(codes: Tensor, scales: Tensor) -> None:
+    codec, residual = WrittenCodec(block_size=64, written=Written(codes, scales)), torch.ones(192)
+    with pytest.raises(InputError, match=r"Written\.encode must return codes, uint8 \(3, 8\), and scales, \(3,\); got"):
+        codec.encode(torch.ones(192), residual)
+    assert torch.equal(residual, torch.ones(192))
