@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from onebit.comm import Backend, Residual, make_backend
 from onebit.comm.bucket_size import bucket_mb_for
@@ -45,9 +46,10 @@ class Averaging(torch.optim.Optimizer):
         self._local_group = local_group
         self._levels: Levels | None = None
         # A name is looked up now, so that a wrong one raises here. None is looked up at the first step: the process
-        # group is often made after the optimizer.
+        # group is often made after the optimizer. Then, too, the half of a group is chosen that carries the parameters.
         self._spec = backend
-        self._backend: Backend | None = None if backend is None else make_backend(backend)
+        named = None if backend is None else make_backend(backend)
+        self._backend = None if isinstance(backend, dist.ProcessGroup) else named
         self._reducers: list[GroupReducers] = []
         super().__init__(params, defaults)
 
