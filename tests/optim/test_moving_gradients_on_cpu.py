@@ -1,4 +1,4 @@
-"""Two optimizers side by side in one process, as over the shards of `fully_shard`: one's gradients lie elsewhere each step.
+"""Two optimizers in one process, one's gradients elsewhere at every step, as the shards of `fully_shard` are.
 
 The CUDA sources run on the CPU, and the device decides about steps.
 """
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.skipif(COMPILER is None, reason="no g++"), pytest.mark
 def in_one(tensors: list[Tensor], lead: int) -> list[Tensor]:
     """Copies, as views of one buffer whose first `lead` elements are nobody's."""
     flat = torch.cat([torch.full((lead,), math.nan), *(t.reshape(-1) for t in tensors)])
-    pieces = flat[lead:].split([t.numel() for t in tensors])
+    pieces = torch.split(flat[lead:], [t.numel() for t in tensors])
     return [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
 
 
