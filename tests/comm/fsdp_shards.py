@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -27,13 +29,36 @@ class Shards:
     Attributes:
         model, twin: bits of what the model holds in the end, and of what the twin's optimizer has made.
         losses: of every step, on this rank.
+        apart: after every step, how many elements of the model are not the twin's.
+        skipped: steps that the optimizer and the twin's skipped.
         moved: parameters that are not where the optimizer knows them.
     """
 
     model: list[bytes]
     twin: list[bytes]
     losses: list[float]
+    apart: list[int]
+    skipped: tuple[int, ...]
     moved: int
+
+    def story(self) -> str:
+        """What a failed test should tell."""
+        return (
+            f"elements apart after each step {self.apart}, skipped {self.skipped}, losses {self.losses}; "
+            f"model and twin: {differences(self.model, self.twin)}"
+        )
+
+
+def differences(some: Sequence[bytes], others: Sequence[bytes]) -> list[str]:
+    """Which fp32 tensors differ, in how many elements, where first and by how much; short, whatever their size."""
+    found = []
+    for index, (a, b) in enumerate(zip(some, others, strict=True)):
+        if a != b:
+            x, y = (np.frombuffer(part, np.float32) for part in (a, b))
+            apart = np.flatnonzero(x.view(np.int32) != y.view(np.int32))
+            by = np.abs(x[apart] - y[apart]).max()
+            found.append(f"tensor {index}: {len(apart)} of {len(x)}, first {apart[0]}, last {apart[-1]}, by {by:.3g}")
+    return found
 
 
 def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, waits: bool = True) -> Shards:
@@ -59,6 +84,7 @@ def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, wa
     generator = torch.Generator().manual_seed(backend.rank)
     batches = [torch.randn(16, width, generator=generator).to(device) for _ in range(STEPS)]
     losses: list[Tensor] = []
+    apart: list[Tensor] = []
     for number, x in enumerate(batches):
         model.zero_grad()
         loss = (model(x).float() - x).square().mean()
@@ -69,6 +95,9 @@ def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, wa
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.detach())
+        apart.append(
+            sum(((local(p) != q).sum() for p, q in zip(parameters, twin, strict=True)), torch.zeros_like(loss))
+        )
         if waits and device == "cuda":
             torch.cuda.synchronize()
         if number + 1 == SEEN:
@@ -76,4 +105,11 @@ def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, wa
                 model(x)
             model.reshard()
     moved = sum(local(p).data_ptr() != held.data_ptr() for p, held in zip(parameters, own, strict=True))
-    return Shards(bits([local(p) for p in parameters]), bits(twin), torch.stack(losses).tolist(), moved)
+    return Shards(
+        model=bits([local(p) for p in parameters]),
+        twin=bits(twin),
+        losses=torch.stack(losses).tolist(),
+        apart=torch.stack(apart).int().tolist(),
+        skipped=tuple(optimizer.skipped_steps for optimizer in optimizers),
+        moved=moved,
+    )
