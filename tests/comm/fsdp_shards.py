@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from onebit.comm import Backend
@@ -17,6 +18,8 @@ from tests.comm.fsdp_runs import hybrid_mesh, local
 from tests.comm.samples import bits
 
 FREEZE, STEPS = 4, 16
+AHEAD = 6  # steps before the device is kept busy for a while where no host waits; none waits for what is made by then
+BUSY = 10**9  # cycles, half a second: all the steps to come are queued meanwhile
 SEEN = 8  # steps before the model is evaluated, after which FSDP has everything whole
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 KINDS = {"fp32": MixedPrecisionPolicy(), "bf16 products": MIXED}
@@ -61,18 +64,37 @@ def differences(some: Sequence[bytes], others: Sequence[bytes]) -> list[str]:
     return found
 
 
-def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, waits: bool = True) -> Shards:
+class Net(nn.Sequential):
+    """Layers of which each is a unit, and a parameter that is in none of them."""
+
+    def __init__(self, width: int, uneven: bool) -> None:
+        super().__init__(*(nn.Linear(width + uneven * (i % 2), width + uneven * (1 - i % 2)) for i in range(4)))
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = super().forward(x)
+        return made * self.gain
+
+
+def train(
+    backend: Backend,
+    device: str,
+    kind: str,
+    width: int,
+    uneven: bool,
+    waits: bool = True,
+    mesh: DeviceMesh | None = None,
+) -> Shards:
     """All ranks see other samples; the wider the layers, the smaller the learning rate.
 
     Args:
         uneven: layers are wider by one element in turn, so that shards differ and lie at odd addresses.
-        waits: the host waits for the device after every step.
+        waits: the host waits for the device after every step; else it gets ahead, once the freeze is over.
+        mesh: 2 replicas; None: a new one.
     """
-    mesh = hybrid_mesh(device)
+    mesh = hybrid_mesh(device) if mesh is None else mesh
     torch.manual_seed(1)
-    model: Any = nn.Sequential(
-        *(nn.Linear(width + uneven * (i % 2), width + uneven * (1 - i % 2)) for i in range(4))
-    ).to(device)
+    model: Any = Net(width, uneven).to(device)
     for layer in model:
         fully_shard(layer, mesh=mesh["shard"], mp_policy=KINDS[kind])
     fully_shard(model, mesh=mesh["shard"], mp_policy=KINDS[kind])
@@ -86,6 +108,8 @@ def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, wa
     losses: list[Tensor] = []
     apart: list[Tensor] = []
     for number, x in enumerate(batches):
+        if number == AHEAD and not waits:
+            torch.cuda._sleep(BUSY)
         model.zero_grad()
         loss = (model(x).float() - x).square().mean()
         loss.backward()
@@ -95,9 +119,7 @@ def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, wa
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.detach())
-        apart.append(
-            sum(((local(p) != q).sum() for p, q in zip(parameters, twin, strict=True)), torch.zeros_like(loss))
-        )
+        apart.append(torch.stack([(local(p) != q).sum() for p, q in zip(parameters, twin, strict=True)]).sum())
         if waits and device == "cuda":
             torch.cuda.synchronize()
         if number + 1 == SEEN:
@@ -109,7 +131,7 @@ def train(backend: Backend, device: str, kind: str, width: int, uneven: bool, wa
         model=bits([local(p) for p in parameters]),
         twin=bits(twin),
         losses=torch.stack(losses).tolist(),
-        apart=torch.stack(apart).int().tolist(),
+        apart=torch.stack(apart).tolist(),
         skipped=tuple(optimizer.skipped_steps for optimizer in optimizers),
         moved=moved,
     )

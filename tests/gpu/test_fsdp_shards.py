@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from onebit.comm import Backend
+from tests.comm.fsdp_runs import hybrid_mesh
 from tests.comm.fsdp_shards import KINDS, Shards, differences, train
 from tests.comm.launcher import run_ranks
 
@@ -23,8 +24,9 @@ Run = tuple[str, str, bool]
 
 
 def all_runs(backend: Backend) -> dict[Run, Shards]:
+    mesh = hybrid_mesh("cuda")
     return {
-        (kind, shape, waits): train(backend, "cuda", kind, 1024, UNEVEN[shape], waits)
+        (kind, shape, waits): train(backend, "cuda", kind, 1024, UNEVEN[shape], waits, mesh)
         for kind, shape, waits in product(KINDS, UNEVEN, (False, True))
     }
 
