@@ -108,6 +108,8 @@ def library(file: Path, prologue: str = PROLOGUE, epilogue: str = EPILOGUE) -> c
             "-O1",
             "-march=native",
             "-ffp-contract=off",
+            "-fsanitize=alignment",  # a vector at an address that does not suit it is a fault, as on a GPU
+            "-fsanitize-undefined-trap-on-error",
             "-fno-strict-aliasing",
             "-fPIC",
             "-shared",
