@@ -135,7 +135,7 @@ def test_work_is_shared_out_without_gaps_and_in_parts_worth_a_thread(total: int,
 
 @pytest.mark.parametrize(("worth", "expected"), [(3, 3), (4, 4), (24, 4), (36, 6), (99, 9), (10_000, CORES)])
 def test_more_threads_than_their_waking_is_worth_are_left_asleep(worth: int, expected: int) -> None:
-    """The time w/p + p of w units of work on p threads is smallest for `expected`, or for fewer than are always used."""
+    """The time w/p + p of w units of work on p threads is smallest for `expected`, or for fewer than FEW."""
     ranges = []
     share_out(lambda first, last: ranges.append((first, last)), 50 * worth, 50)
     assert len(ranges) == expected
