@@ -48,6 +48,11 @@ def make_backend(
     return backend
 
 
+def depends_on_device(spec: object) -> bool:
+    """Whether the device of the tensors tells which backend `spec` means: None, or a group that may have halves."""
+    return spec is None or isinstance(spec, dist.ProcessGroup)
+
+
 def _resolve(spec: object, device_type: str | None, timeout: float | None) -> Backend:
     if isinstance(spec, Backend):
         if timeout is not None and timeout != spec.timeout:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from onebit.comm import Backend, Residual, make_backend
 from onebit.comm.bucket_size import bucket_mb_for
 from onebit.comm.levels import Levels, LocalGroup, find_levels
+from onebit.comm.registry import depends_on_device
 from onebit.compress import Codec
 from onebit.optim.codecs import codec_of_momenta
 from onebit.optim.exchange import GroupReducers
@@ -49,7 +49,7 @@ class Averaging(torch.optim.Optimizer):
         # group is often made after the optimizer. Then, too, the half of a group is chosen that carries the parameters.
         self._spec = backend
         named = None if backend is None else make_backend(backend)
-        self._backend = None if isinstance(backend, dist.ProcessGroup) else named
+        self._backend = None if depends_on_device(backend) else named
         self._reducers: list[GroupReducers] = []
         super().__init__(params, defaults)
 
