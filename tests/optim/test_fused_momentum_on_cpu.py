@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +11,10 @@ import torch
 from torch.nn import Parameter
 
 from onebit.comm import Backend, run_threads
-from onebit.optim import OnebitAdam, fused_groups
-from onebit.optim.fused import FusedMomentum
-from onebit.optim.gpu import momentum
+from onebit.optim import OnebitAdam
 from tests.gpu import test_fused_momentum as on_gpu
-from tests.optim import warps_on_cpu
 from tests.optim.samples import contents, feedback, parameters, patchy, step, values
+from tests.optim.settling_on_cpu import settle_by_cuda_sources
 from tests.optim.warps_on_cpu import COMPILER, kernels_on_cpu
 
 __all__ = ["kernels_on_cpu"]
@@ -88,21 +85,6 @@ def test_whole_steps_on_two_levels_that_the_device_decides_about(monkeypatch: py
         return seen
 
     expected = run_threads(4, train)
-    one_at_a_time = threading.Lock()  # ranks are threads, and a kernel's lanes are kept in one place
-    settling = set()
-    original = FusedMomentum.__init__
-
-    def launch(*arguments: Any) -> None:
-        with one_at_a_time:
-            warps_on_cpu.launch(*arguments)
-
-    def init(self: FusedMomentum, *arguments: Any) -> None:
-        original(self, *arguments)
-        self.settles = True
-        settling.add(self.kernels.name)
-
-    monkeypatch.setattr(momentum, "launch", launch)
-    monkeypatch.setattr(fused_groups, "step_kernels", lambda device, codec: momentum)
-    monkeypatch.setattr(FusedMomentum, "__init__", init)
+    settling = settle_by_cuda_sources(monkeypatch)
     assert run_threads(4, train) == expected
     assert settling == {"gpu"}

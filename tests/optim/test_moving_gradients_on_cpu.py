@@ -6,7 +6,6 @@ The CUDA sources run on the CPU, and the device decides about steps.
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any
 
 import pytest
@@ -15,12 +14,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from onebit.comm import Backend, run_threads
-from onebit.optim import OnebitAdam, fused_groups
-from onebit.optim.fused import FusedMomentum
-from onebit.optim.gpu import momentum
+from onebit.optim import OnebitAdam
 from tests.comm.samples import bits
-from tests.optim import warps_on_cpu
 from tests.optim.samples import contents, feedback, values
+from tests.optim.settling_on_cpu import settle_by_cuda_sources
 from tests.optim.warps_on_cpu import COMPILER, kernels_on_cpu
 
 __all__ = ["kernels_on_cpu"]
@@ -75,21 +72,6 @@ def train(backend: Backend, options: dict[str, Any]) -> list[Any]:
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "adamw_mode": False, "bucket_mb": 0.004}])
 def test_where_gradients_lie_changes_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run_threads(2, train, options)
-    one_at_a_time = threading.Lock()  # ranks are threads, and a kernel's lanes are kept in one place
-    settling = set()
-    original = FusedMomentum.__init__
-
-    def launch(*arguments: Any) -> None:
-        with one_at_a_time:
-            warps_on_cpu.launch(*arguments)
-
-    def init(self: FusedMomentum, *arguments: Any) -> None:
-        original(self, *arguments)
-        self.settles = True
-        settling.add(self.kernels.name)
-
-    monkeypatch.setattr(momentum, "launch", launch)
-    monkeypatch.setattr(fused_groups, "step_kernels", lambda device, codec: momentum)
-    monkeypatch.setattr(FusedMomentum, "__init__", init)
+    settling = settle_by_cuda_sources(monkeypatch)
     assert run_threads(2, train, options) == expected
     assert settling == {"gpu"}
