@@ -1,4 +1,4 @@
-"""`python -m tests.faults.report`: the tables of docs/reliability.md from the newest results of the fault campaign.
+"""`python -m tests.faults.report`: the tables of docs/reliability/evidence.md from the newest fault campaigns.
 
 The page marks where a table stands by a line ``<!-- campaign: NAME -->`` and a later line ``<!-- end -->``; what is
 between them is replaced. NAME is ``strikes``, ``bad numbers``, ``wrong calls`` or ``soak``. A campaign may have been
@@ -18,7 +18,7 @@ from onebit.benchmarks.report import markdown
 from onebit.benchmarks.view import Cells
 
 SECTION = re.compile(r"(?m)^<!-- campaign: (?P<name>[a-z ]+) -->\n(?:.*\n)*?<!-- end -->$")
-PAGE = Path("docs/reliability.md")
+PAGE = Path("docs/reliability/evidence.md")
 KINDS = ("fault", "backend", "optimizer")  # what tells rows of a campaign apart
 
 Found = tuple[record.Document, Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md are those of the newest results, row by row, and say what went wrong."""
+"""The tables of docs/reliability/evidence.md are those of the newest results, row by row, and say what went wrong."""
 
 from __future__ import annotations
 
