@@ -89,7 +89,7 @@ def train(options: argparse.Namespace, backend: Backend, device: torch.device) -
     """Train from scratch; returns the record of the run, the same on every rank but for the times."""
     model = make_model(options).to(device)
     parameters = list(model.parameters())
-    broadcast(parameters, backend)  # all ranks start from rank 0's model
+    broadcast(model, backend)  # all ranks start from rank 0's model
     optimizer = make_optimizer(options, parameters, backend)
     average = DenseAllreduce(parameters, backend) if options.optimizer == "adamw" else None
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, options))

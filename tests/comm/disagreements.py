@@ -23,6 +23,8 @@ from onebit.comm.torch_backend import TorchBackend
 from onebit.compress import SignCodec
 from tests.comm.samples import bits, residual_bits
 
+AVERAGES = ("compressed_allreduce", "CompressedAllreduce", "DenseAllreduce")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -35,6 +37,7 @@ class Case:
         refused: pattern of why the odd rank, or with `fact` None every rank, refuses its own tensors; None: none does.
         options: what else a rank passes to the two averages, told whether it is the odd one.
         kinds: names of the transports that can tell.
+        operations: names of the calls for which this is a difference, or is refused; those of `OPERATIONS`.
     """
 
     tensors: Callable[[bool], list[Tensor]] = lambda odd: [torch.ones(5), torch.ones(2, 3)]
@@ -44,6 +47,7 @@ class Case:
     refused: str | None = None
     options: Callable[[bool], dict[str, Any]] = lambda odd: {}
     kinds: tuple[str, ...] = ("threads", "gloo", "mpi")
+    operations: tuple[str, ...] = (*AVERAGES, "broadcast")
 
 
 def _refused(kind: str, shape: str) -> str:
@@ -102,6 +106,14 @@ CASES = {
         usual="accepted",
         odd="refused: .*",
         refused=_refused("int64", r"\(5,\)"),
+        operations=AVERAGES,
+    ),
+    "integers on one rank, which a broadcast would carry": Case(
+        tensors=lambda odd: [torch.ones(5, dtype=torch.int64 if odd else torch.float32)],
+        fact="tensor 0",
+        usual=r"float32 \(5,\)",
+        odd=r"int64 \(5,\)",
+        operations=("broadcast",),
     ),
     "a sparse tensor on one rank": Case(
         tensors=lambda odd: [torch.ones(5).to_sparse() if odd else torch.ones(5)],
@@ -109,6 +121,15 @@ CASES = {
         usual="accepted",
         odd="refused: .*",
         refused=_refused("float32", r"\(5,\) with layout torch.sparse_coo"),
+        operations=AVERAGES,
+    ),
+    "a sparse tensor on one rank, to be broadcast": Case(
+        tensors=lambda odd: [torch.ones(5).to_sparse() if odd else torch.ones(5)],
+        fact="their input",
+        usual="accepted",
+        odd="refused: .*",
+        refused="tensor 0 must be a dense tensor, got a torch.sparse_coo one; convert it first",
+        operations=("broadcast",),
     ),
     "a tensor on another device on one rank": Case(
         tensors=lambda odd: [torch.ones(5, device="meta" if odd else "cpu")],
@@ -117,15 +138,48 @@ CASES = {
         odd="refused: .*",
         refused="tensor 0 is on meta, but the '(gloo|mpi)' backend carries cpu( and cuda)? tensors; move it, or use",
         kinds=("gloo", "mpi"),
+        operations=AVERAGES,
+    ),
+    "a tensor without values on one rank, to be broadcast": Case(
+        tensors=lambda odd: [torch.ones(5), torch.ones(5, device="meta" if odd else "cpu")],
+        fact="their input",
+        usual="accepted",
+        odd="refused: .*",
+        refused="tensor 1 is on meta and has no values; give it some first",
+        operations=("broadcast",),
+    ),
+    "an expanded tensor on one rank, to be broadcast": Case(
+        tensors=lambda odd: [torch.ones(1 if odd else 3).expand(3)],
+        fact="their input",
+        usual="accepted",
+        odd="refused: .*",
+        refused=r"tensor 0 must have its elements in places of their own, got float32 \(3,\) with strides \(0,\)",
+        operations=("broadcast",),
+    ),
+    "memory shared by two tensors on one rank, to be broadcast": Case(
+        tensors=lambda odd: [base := torch.ones(5), base[2:] if odd else torch.ones(3)],
+        fact="tensor 1",
+        usual=r"float32 \(3,\)",
+        odd=r"float32 \(3,\) with strides \(1,\) from byte 8 of tensor 0",
+        operations=("broadcast",),
     ),
     "integers on all ranks": Case(
-        tensors=lambda odd: [torch.ones(5, dtype=torch.int32)], fact=None, refused=_refused("int32", r"\(5,\)")
+        tensors=lambda odd: [torch.ones(5, dtype=torch.int32)],
+        fact=None,
+        refused=_refused("int32", r"\(5,\)"),
+        operations=AVERAGES,
     ),
     "doubles on all ranks": Case(
-        tensors=lambda odd: [torch.ones(5).double()], fact=None, refused=_refused("float64", r"\(5,\)")
+        tensors=lambda odd: [torch.ones(5).double()],
+        fact=None,
+        refused=_refused("float64", r"\(5,\)"),
+        operations=AVERAGES,
     ),
     "booleans on all ranks": Case(
-        tensors=lambda odd: [torch.ones(()).bool()], fact=None, refused=_refused("bool", r"\(\)")
+        tensors=lambda odd: [torch.ones(()).bool()],
+        fact=None,
+        refused=_refused("bool", r"\(\)"),
+        operations=AVERAGES,
     ),
 }
 
@@ -159,7 +213,8 @@ SUBJECTS = {name: name for name in OPERATIONS} | {"compressed_allreduce": "Compr
 
 
 def applies(case: Case, operation: str, kind: str) -> bool:
-    return kind in case.kinds and set(case.options(True)) <= OPERATIONS[operation][1]
+    told = operation in case.operations and kind in case.kinds
+    return told and set(case.options(True)) <= OPERATIONS[operation][1]
 
 
 @dataclass(frozen=True)
@@ -219,10 +274,10 @@ def observe_all(backend: Backend) -> dict[tuple[str, str], Outcome]:
 
 
 def send_cpu_tensors_over_nccl(backend: Backend) -> dict[str, Outcome]:
-    """Every operation with CPU tensors, over what calls itself NCCL; without a GPU that is all one can try."""
+    """Every average of CPU tensors, over what calls itself NCCL; without a GPU that is all one can try."""
     nccl = TorchBackend(device_type="cuda")
     tensors = [torch.ones(5)]
-    seen = {name: outcome_of(nccl, call, tensors, Residual(), {}) for name, (call, _) in OPERATIONS.items()}
+    seen = {name: outcome_of(nccl, OPERATIONS[name][0], tensors, Residual(), {}) for name in AVERAGES}
     _go_on(backend)
     return seen
 

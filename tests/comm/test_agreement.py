@@ -13,6 +13,7 @@ import torch
 
 from onebit.comm import Backend, CompressedAllreduce, DenseAllreduce, InputError, MismatchError, agree, run_threads
 from tests.comm.disagreements import (
+    AVERAGES,
     CASES,
     OPERATIONS,
     SUBJECTS,
@@ -79,7 +80,7 @@ def test_every_rank_is_told_the_first_difference_and_who_holds_what_and_nothing_
 
 def test_cpu_tensors_given_to_nccl_are_refused_on_every_rank_with_the_remedy() -> None:
     for rank, seen in enumerate(run_ranks("gloo", 2, send_cpu_tensors_over_nccl, backend_timeout=SECONDS)):
-        for operation in OPERATIONS:
+        for operation in AVERAGES:
             told = seen[operation]
             assert (told.error, told.unchanged, told.moved) == ("BackendError", True, 0)
             expected = f"rank {rank}: the 'nccl' backend carries cuda tensors, and these are on cpu; move them, or name"

@@ -1,4 +1,4 @@
-"""The uncompressed average: a mean within fp32's rounding, the same bits however it is carried; and the broadcast."""
+"""The uncompressed average: a mean within fp32's rounding, the same bits however it is carried."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onebit.comm import Backend, DenseAllreduce, InputError, MismatchError, broadcast, run_threads
+from onebit.comm import Backend, DenseAllreduce, InputError, run_threads
 from tests.comm import oracle
 from tests.comm.launcher import GLOO, MPI
 from tests.comm.samples import NUMELS, SMALL_BUCKET, SPECS, Trace, arrays, bits, dense_trace, normal, samples
@@ -148,50 +148,6 @@ def test_it_sends_what_a_bandwidth_optimal_allreduce_sends_in_two_collectives_a_
 def test_lists_without_elements_are_averaged() -> None:
     def average(backend: Backend, tensors: list[Tensor]) -> None:
         DenseAllreduce(tensors, backend)(tensors)
-        broadcast(tensors, backend)
 
     for tensors in ([], [torch.empty(0)], [torch.empty(0, 3), torch.empty(0, dtype=torch.float16)]):
         run_threads(2, average, tensors)
-
-
-# --- broadcast
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_broadcast_moves_every_bit_of_one_rank_whatever_it_means_as_a_number(world_size: int) -> None:
-    def pattern(rank: int, dtype: torch.dtype) -> Tensor:
-        content = np.random.default_rng([5, rank]).integers(0, 256, 4 * 37, dtype=np.uint8)  # NaNs with payloads too
-        return torch.from_numpy(content).view(dtype)
-
-    def spread(backend: Backend, source: int) -> None:
-        tensors = [pattern(backend.rank, dtype) for dtype in DTYPES] + samples(backend.rank, 0)
-        broadcast(tensors, backend, source)
-        assert bits(tensors) == bits([pattern(source, dtype) for dtype in DTYPES] + samples(source, 0))
-
-    for source in {0, world_size - 1}:
-        run_threads(world_size, spread, source)
-
-
-def test_broadcast_makes_parameters_of_a_model_equal_in_place() -> None:
-    def spread(backend: Backend) -> list[bytes]:
-        parameters = [torch.nn.Parameter(normal(backend.rank, i)) for i in range(2)]
-        broadcast(parameters)  # inside run_threads None is the thread's own backend
-        assert all(p.requires_grad and p.is_leaf for p in parameters)
-        return bits(parameters)
-
-    assert run_threads(3, spread) == [bits([normal(0, 0), normal(0, 1)])] * 3
-
-
-def test_broadcast_from_a_rank_that_is_not_there_or_not_agreed_on_is_refused() -> None:
-    def spread(backend: Backend, source: int) -> None:
-        x = normal(backend.rank)
-        with pytest.raises(
-            InputError, match=rf"rank {backend.rank}: broadcast: source must be in \[0, 2\), got {source}"
-        ):
-            broadcast(x, backend, source)
-        with pytest.raises(MismatchError, match="do not agree on source: rank 0: 0; rank 1: 1"):
-            broadcast(x, backend, backend.rank)
-        assert bits(x) == bits(normal(backend.rank))
-
-    for source in (-1, 2):
-        run_threads(2, spread, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -12,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onebit.comm import CompressedAllreduce, run_threads
+from onebit.comm import CompressedAllreduce, MismatchError, broadcast, run_threads
 from onebit.comm.backend import SUMMABLE, Backend
 from onebit.comm.errors import BackendError
 from onebit.comm.registry import make_backend
 from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import run_ranks
 from tests.comm.test_backends import DTYPES, as_bytes, as_tensor, blank, bytes_of, exchanged, gathered
+from tests.comm.test_broadcast import DTYPES as BROADCAST_DTYPES
+from tests.comm.test_broadcast import Model, assert_same, content
 
 WORLD_SIZES = [size for size in (2, 4, 8) if size <= torch.cuda.device_count()]
 
@@ -146,6 +149,34 @@ def check_collectives_in_line_are_ordered_on_the_current_stream(backend: Backend
         assert torch.equal(gathered_copy.cpu(), torch.cat(pieces))
 
 
+def check_a_broadcast_carries_every_dtype_of_both_devices(backend: Backend) -> None:
+    cases = list(itertools.product(BROADCAST_DTYPES, ((), (0,), (7,), (2, 3, 2, 3)), ("cpu", "cuda")))
+    for source, group in enumerate((backend, None, "nccl", "gloo")):
+        source %= backend.size
+        given = [content(shape, dtype, backend.rank, i).to(device) for i, (dtype, shape, device) in enumerate(cases)]
+        given = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in given]
+        broadcast(given, group, source)
+        for i, (case, tensor) in enumerate(zip(cases, given, strict=True)):
+            assert tensor.device.type == case[2], case
+            assert_same(tensor, content(case[1], case[0], source, i), (group, case))
+
+
+def check_a_broadcast_of_models_on_devices_of_either_kind(backend: Backend) -> None:
+    for place in ("cpu", "cuda", "both"):
+        model = Model(backend.rank)
+        if place == "both":
+            model.norm.cuda()
+        else:
+            model.to(place)
+        for group in (backend, None):
+            broadcast(model, group, 1)
+            assert model.seen() == Model(1).seen(), (place, group)
+    model = Model(backend.rank).to("cuda" if backend.rank else "cpu")
+    with pytest.raises(MismatchError, match=r"do not agree on backend: rank 0: gloo; ranks? 1.*: nccl"):
+        broadcast(model)
+    assert model.seen() == Model(backend.rank).seen()
+
+
 def cpu_averages(backend: Backend, calls: int, numels: Sequence[int], bucket_mb: float) -> list[list[Tensor]]:
     """What ranks that are threads with CPU tensors get: this rank's result of every call."""
 
@@ -254,6 +285,8 @@ CHECKS = [
     check_a_step_can_be_captured_and_replayed,
     check_sub_groups_and_the_gloo_half,
     check_cpu_tensors_are_refused,
+    check_a_broadcast_carries_every_dtype_of_both_devices,
+    check_a_broadcast_of_models_on_devices_of_either_kind,
 ]
 
 

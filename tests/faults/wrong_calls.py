@@ -442,7 +442,7 @@ def backend(draw: Draw) -> Call:
 
 
 def average(draw: Draw) -> Call:
-    """`compressed_allreduce`, `DenseAllreduce` or `broadcast` of what cannot be averaged."""
+    """`compressed_allreduce` or `DenseAllreduce` of what cannot be averaged."""
     what: Any = draw(st.sampled_from([*NO_TENSORS, _wrong_tensor(draw), [torch.zeros(2), _wrong_tensor(draw)]]))
     make = draw(
         st.sampled_from(
@@ -450,11 +450,22 @@ def average(draw: Draw) -> Call:
                 lambda: compressed_allreduce(what, backend="single"),
                 lambda: CompressedAllreduce(what, "single"),
                 lambda: DenseAllreduce(what, "single"),
-                lambda: broadcast(what, "single"),
             ]
         )
     )
     return Call(what=what, make=make)
+
+
+def spread(draw: Draw) -> Call:
+    """`broadcast` of what has no bytes of its own, or not in one place each."""
+    bad = [
+        torch.zeros(4).to_sparse(),
+        torch.empty(3, device="meta"),
+        torch.zeros(1).expand(3),
+        torch.eye(3)[0].as_strided((2, 2), (1, 1)),
+    ]
+    what: Any = draw(st.sampled_from([*NO_TENSORS, *bad, [torch.zeros(2), *bad[:1]], torch.nn.LazyLinear(3)]))
+    return Call(what=what, make=lambda: broadcast(what, "single"))
 
 
 def average_option(draw: Draw) -> Call:
@@ -561,6 +572,7 @@ CALLS: list[Callable[[Draw], Call]] = [
     clipping,
     backend,
     average,
+    spread,
     average_option,
     another_tensor,
     feedback,
