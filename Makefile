@@ -124,7 +124,7 @@ bench-scaling: setup ## fit the scale model to the JSON results; write the table
 	$(BIN)/python -m onebit.benchmarks.scaling
 
 .PHONY: bench-report
-bench-report: bench-scaling ## write the tables and plots of docs/benchmarks.md, too, from the JSON results
+bench-report: bench-scaling ## write the tables and plots of docs/benchmarks*, too, from the JSON results
 	$(BIN)/python -m onebit.benchmarks.report
 
 .PHONY: bench-adam

@@ -78,10 +78,10 @@ def _measured(results: Sequence[Document]) -> tuple[list[Document], list[Documen
 def sections(cpu: Host, errors: Sequence[tuple[Point, float]], gpu: Host) -> dict[str, str]:
     """What belongs into each marked section."""
     return {
-        "constants": report.markdown(_constants(cpu, gpu)),
-        "held-out": f"{_summary(errors)}\n\n{report.markdown([_error(point, error) for point, error in errors])}",
-        "break-even": report.markdown([_break_even(gpu, numel) for numel in model_plot.NUMELS]),
-        "flat": report.markdown([_flat(gpu, numel) for numel in model_plot.NUMELS]),
+        "constants": view.markdown(_constants(cpu, gpu)),
+        "held-out": f"{_summary(errors)}\n\n{view.markdown([_error(point, error) for point, error in errors])}",
+        "break-even": view.markdown([_break_even(gpu, numel) for numel in model_plot.NUMELS]),
+        "flat": view.markdown([_flat(gpu, numel) for numel in model_plot.NUMELS]),
     }
 
 

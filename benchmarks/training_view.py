@@ -11,7 +11,7 @@ from onebit.benchmarks.figure import empty_figure
 from onebit.benchmarks.plot import LINES
 from onebit.benchmarks.record import Document
 from onebit.benchmarks.training import ALONE, estimate
-from onebit.benchmarks.view import Cells
+from onebit.benchmarks.view import Cells, quartiles
 
 KINDS = ("exact", "compressed", "local")
 
@@ -35,7 +35,7 @@ def is_drawn(result: Document) -> bool:
 
 def communication(result: Document) -> float:
     """The share of plain AdamW's step that goes away where nothing is averaged."""
-    alone = _named(result["rows"], ALONE)
+    alone = named(result["rows"], ALONE)
     return 1.0 - 1.0 / float(alone["times_plain"]["local"]["median"])
 
 
@@ -48,7 +48,7 @@ def cells(result: Document, whole: Document | None = None) -> list[Cells]:
     return [
         found
         for row in result["rows"]
-        for found in _cells(row, result["rows"], _named(learned["rows"], row["case"]) if learned else None, learned)
+        for found in _cells(row, result["rows"], named(learned["rows"], row["case"]) if learned else None, learned)
     ]
 
 
@@ -84,7 +84,7 @@ def _cells(
                 "step": kind,
                 "of all": f"{_share(learned or row, kind):.0%}",
                 "MB on the link": "-" if link is None else f"{link / 1e6:.2f}",
-                "times plain": f"**{faster['median']:.2f}** ({faster['low']:.2f} to {faster['high']:.2f})",
+                "times plain": quartiles(faster),
                 "held-out loss": "",
                 "time to loss": "",
             }
@@ -102,13 +102,13 @@ def _relative(
     all_learned: Sequence[Mapping[str, Any]],
 ) -> str:
     """Time to the target over plain AdamW's: measured where the run learned, else steps of each kind times theirs."""
-    reached, plain = learned["to_target"], _named(all_learned, PLAIN)["to_target"]
+    reached, plain = learned["to_target"], named(all_learned, PLAIN)["to_target"]
     if reached is None or plain is None:
         return "not reached"
     if learned is row:
         return f"{reached['seconds'] / plain['seconds']:.2f}"
     mine = estimate(reached["steps"], row["seconds"])
-    theirs = estimate(plain["steps"], _named(rows, PLAIN)["seconds"])
+    theirs = estimate(plain["steps"], named(rows, PLAIN)["seconds"])
     return "-" if mine is None or theirs is None else f"{mine / theirs:.2f}, by its steps"
 
 
@@ -116,7 +116,8 @@ def _share(row: Mapping[str, Any], kind: str) -> float:
     return float(row["steps"].get(kind, 0) / sum(row["steps"].values()))
 
 
-def _named(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+def named(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """The one row of a contender."""
     (found,) = [row for row in rows if row["case"] == name]
     return found
 

@@ -29,7 +29,7 @@ def _figures(row: Mapping[str, Any]) -> Cells:
     time = row["time"]
     cells = {
         "case": row["case"],
-        "tensor": f"{elements(row['numel'])} {row['dtype']}",
+        "tensor": tensor(row),
         "min ms": f"{1e3 * time['min']:.3f}",
         "median ms": f"{1e3 * time['median']:.3f}",
         "p99 ms": f"{1e3 * time['p99']:.3f}",
@@ -38,6 +38,11 @@ def _figures(row: Mapping[str, Any]) -> Cells:
     if row["wire_formula"] or row["wire_bytes"]:
         cells |= wire(row) | {"busbw GB/s": f"{row['wire_busbw']:.3f}"}
     return cells
+
+
+def tensor(row: Mapping[str, Any]) -> str:
+    """``64 Mi float32``: what a row was measured on."""
+    return f"{elements(row['numel'])} {row['dtype']}"
 
 
 def elements(numel: int) -> str:
@@ -63,6 +68,11 @@ def _ratios(row: Mapping[str, Any]) -> Cells:
     return {f"× {role}": f"{spread['median']:.2f}" for role, spread in row["ratios"].items()}
 
 
+def quartiles(spread: Mapping[str, float]) -> str:
+    """A ratio with the quartiles that it lies between."""
+    return f"**{spread['median']:.2f}** ({spread['low']:.2f} to {spread['high']:.2f})"
+
+
 def number(count: int | None) -> str:
     """A count with thousands set apart; a dash for none."""
     return "-" if count is None else f"{count:,}"
@@ -72,3 +82,11 @@ def columns(rows: list[Cells]) -> list[str]:
     """Every column that a row has, `#wrong` last."""
     found = dict.fromkeys(name for row in rows for name in row)
     return sorted(found, key=lambda name: name == "#wrong")
+
+
+def markdown(rows: list[Cells], words: int = 1) -> str:
+    """A table in Markdown; the first `words` columns hold words, and the others numbers."""
+    names = columns(rows)
+    rule = ["---"] * words + ["---:"] * (len(names) - words)
+    lines = [names, rule, *([row.get(name, "") for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

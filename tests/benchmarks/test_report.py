@@ -1,10 +1,12 @@
-"""The tables of the documentation come from JSON files, newest first, and replace only what is marked."""
+"""The tables of the documentation come from JSON files, the newest of each, and replace only what is marked."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from onebit.benchmarks import record, report
+from onebit.benchmarks.digest import LONG
 from onebit.benchmarks.record import Document
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,8 +64,53 @@ def test_the_newest_result_of_a_machine_is_taken(document: Document, tmp_path: P
 
 
 def test_the_documentation_holds_the_tables_of_the_results_that_stand_beside_the_code() -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert report.fill(page, report.newest(ROOT / "benchmarks" / "results")) == page, "run onebit.benchmarks.report"
+    found = report.newest(ROOT / "benchmarks" / "results")
+    texts = {page: page.read_text(encoding="utf-8") for page in report.pages(ROOT / "docs" / "benchmarks.md")}
+    assert len(texts) > 1
+    links = report.places({page.relative_to(ROOT / "docs").as_posix(): text for page, text in texts.items()})
+    for page, text in texts.items():
+        assert report.fill(text, found, links) == text, f"{page.name}: run onebit.benchmarks.report"
+
+
+def test_pictures_stand_beside_the_page_that_shows_them_and_none_is_left_over() -> None:
+    for page in report.pages(ROOT / "docs" / "benchmarks.md"):
+        shown = re.findall(r"^!\[.+\]\((.+)\)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert [name for name in shown if not (page.parent / name).is_file()] == []
+    texts = "".join(page.read_text(encoding="utf-8") for page in report.pages(ROOT / "docs" / "benchmarks.md"))
+    assert [path.name for path in (ROOT / "docs" / "benchmarks").glob("*.png") if f"({path.name})" not in texts] == []
+
+
+def test_pages_in_the_folder_of_a_page_are_filled_with_it_and_the_summary_links_to_them(
+    document: Document, tmp_path: Path
+) -> None:
+    found = {"gloo-2": [{**document, "name": "gloo-2"}]}
+    record.save(found["gloo-2"][0], tmp_path / "results")
+    home, detail = tmp_path / "page.md", tmp_path / "page" / "detail.md"
+    detail.parent.mkdir()
+    detail.write_text("# Detail\n\n## Two ranks, over Gloo\n\n<!-- results: gloo-2 -->\n<!-- end -->\n")
+    home.write_text("".join(f"<!-- headlines: {which} -->\n<!-- end -->\n" for which in ("faster", "slower")))
+    assert report.main([f"--results={tmp_path / 'results'}", f"--page={home}"]) == 0
+    assert "| `encode` | 4 Ki float32 |" in detail.read_text()
+    assert "| average of 4 Ki float32 |" in home.read_text()
+    assert "| [Two ranks, over Gloo](page/detail.md#two-ranks-over-gloo) |" in home.read_text()
+
+
+def test_a_long_table_is_folded_below_the_rows_that_a_reader_needs(document: Document, tmp_path: Path) -> None:
+    page = written({**document, "rows": document["rows"] * LONG}, tmp_path)
+    above, _, below = page.partition('<details markdown="1">\n<summary>All ')
+    assert above.count("| `encode` |") < LONG
+    assert below.count("| `encode` |") == LONG
+    assert below.partition("</details>")[0].endswith("|\n\n")
+
+
+def test_a_table_of_machines_has_a_row_for_each_kind(document: Document) -> None:
+    small, large = ({**document, "machine": {**document["machine"], "cores": cores}} for cores in (3, 5))
+    found = {"a": [small, {**large, "kind": "another"}], "b": [large]}
+    rows = [line for line in report.fill("<!-- machines -->\n<!-- end -->", found).splitlines() if "`" in line]
+    assert rows[0].startswith("| `another` |")
+    assert rows[1].startswith(f"| `{document['kind']}` |")
+    assert "| 3, 5 |" in rows[1]
+    assert rows[1].endswith("| 2 |")
 
 
 def test_first_calls_have_a_table_of_their_own(document: Document, tmp_path: Path) -> None:

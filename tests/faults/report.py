@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onebit.benchmarks import console, record
-from onebit.benchmarks.report import markdown
-from onebit.benchmarks.view import Cells
+from onebit.benchmarks.view import Cells, markdown
 
 SECTION = re.compile(r"(?m)^<!-- campaign: (?P<name>[a-z ]+) -->\n(?:.*\n)*?<!-- end -->$")
 PAGE = Path("docs/reliability/evidence.md")
