@@ -28,8 +28,10 @@ def _body(result: Document, found: Mapping[str, Sequence[Document]]) -> list[str
     if overlap_view.is_overlap(result):
         return [markdown(overlap_view.cells(result)), f"{overlap_view.title(result)}."]
     rows = [_columns_of(row) for row in result["rows"]]
-    chosen = digest(result["rows"])
-    tables = [markdown(rows)] if len(chosen) == len(rows) else [markdown([rows[i] for i in chosen]), _folded(rows)]
+    shown = [rows[index] for index in digest(result["rows"])]
+    tables = [markdown(shown)] if shown else []
+    if len(shown) < len(rows):
+        tables.append(_folded(rows))
     shares = [_shares(row) for row in result["rows"] if row.get("stages")]
     return [*tables, *shares[-1:]]  # of the largest size
 
