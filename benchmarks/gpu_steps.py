@@ -1,7 +1,8 @@
 """`python -m onebit.benchmarks.gpu_steps`: the kernels of 1-bit Adam's step alone; under torchrun, whole steps.
 
 Alone, each kernel is compared with separate torch operations, element for element. Under torchrun OnebitAdam is timed
-beside torch's fused AdamW, with and without NCCL's average of the gradients; parameters must be bit-equal on all ranks.
+beside torch's fused AdamW, with and without NCCL's average of the gradients; parameters must be bit-equal on all ranks,
+and with sharded state equal to those with replicated state.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON results")
     flags.add_argument("--mega", type=int, default=300, help="Mi elements of the one tensor")
     flags.add_argument("-n", "--iters", type=int, default=15, help="timed rounds")
+    flags.add_argument(
+        "--per-node", type=int, default=1, help="OnebitAdam is timed on two levels, too, of nodes of so many ranks"
+    )
     options = flags.parse_args(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -41,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         dist.init_process_group("nccl", device_id=device)
         for name, shapes in (("", [(options.mega * MI,)]), (" BERT-Large", bert_large())):
-            more, memory[name.strip() or "one tensor"] = whole_steps(name, shapes, device, options.iters)
+            more, memory[name.strip() or "one tensor"] = whole_steps(
+                name, shapes, device, options.iters, options.per_node
+            )
             rows += more
     wrong = sum(row.wrong or 0 for row in rows)
     if int(os.environ.get("RANK", "0")) == 0:

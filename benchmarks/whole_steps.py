@@ -2,32 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onebit.benchmarks.gpu_timing import CODEC, against, make_row, timed
+from onebit.benchmarks.gpu_timing import CODEC, LAUNCHES, against, differing, make_row, timed
 from onebit.benchmarks.row import Row
 from onebit.compress import SignCodec
 from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam
 
 Shapes = Sequence[tuple[int, ...]]
+Figures = dict[str, Any]
 
 INTERVAL = 16  # local steps of ZeroOneAdam from one meeting of the ranks to the next
-STEPS = 5  # compressed ones that fused and plain operations are compared after
+COMPARED = ((1 << 20,), (1000, 77), (5,), (333,))  # what fused and plain operations are compared on
+STEPS = 5  # compressed ones that they are compared after
 # A sum that is rounded otherwise can change the sign of an entry near 0: one in some 10^7 a step, which then moves the
 # other way by as much as its neighbours. One such entry of the million compared is a distance of 2e-3.
 FAR = 1e-2
 
 
-def whole_steps(suffix: str, shapes: Shapes, device: torch.device, rounds: int) -> tuple[list[Row], dict[str, object]]:
-    """The rows of one list of parameters, and what OnebitAdam holds and takes for them, in bytes per parameter."""
-    params, flat = _problem(shapes, device)
-    numel, ranks = flat.numel(), dist.get_world_size()
+def whole_steps(
+    suffix: str, shapes: Shapes, device: torch.device, rounds: int, per_node: int = 1
+) -> tuple[list[Row], Figures]:
+    """The rows of one list of parameters, and what OnebitAdam holds and takes for them, in bytes per parameter.
+
+    per_node: neighbouring ranks of a node; where that makes several nodes of several ranks, steps on two levels are
+        measured as well, with state that is replicated and with state that is sharded.
+    """
+    start = partial(_Problem.of, suffix, shapes, device, rounds)
+    row, figures = _one_level(start())
+    ours = [row]
+    if 1 < per_node < dist.get_world_size():
+        end = None
+        for shard in (False, True):
+            way = f"nodes of {per_node}" + ", sharded" * shard
+            row, figures[way], end = _two_levels(start(), way, per_node, shard, end)
+            ours.append(row)
+    theirs = _adamw(start())
+    others = [_zero_one_adam(start()), _lamb(start())]
+    for row in ours:
+        for role, other in theirs.items():
+            row.ratios.update(against(role, row, other, by_time=True))
+    for row in (*ours, *others):
+        row.ratios.update(against("OnebitAdam", row, ours[0], by_time=True))
+    return [*ours, *theirs.values(), *others], figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """Parameters with gradients, and how steps on them are timed.
+
+    Attributes:
+        params: the same on every rank.
+        flat: what their gradients are pieces of, this rank's own.
+        suffix: what names of rows say of them.
+    """
+
+    params: Sequence[torch.nn.Parameter]
+    flat: Tensor
+    suffix: str
+    rounds: int
+
+    @staticmethod
+    def of(suffix: str, shapes: Shapes, device: torch.device, rounds: int) -> _Problem:
+        """The same whenever it is made."""
+        generator = torch.Generator(device).manual_seed(1)
+        params = [torch.nn.Parameter(0.02 * torch.randn(s, device=device, generator=generator)) for s in shapes]
+        generator.manual_seed(2 + dist.get_rank())
+        flat = torch.randn(sum(p.numel() for p in params), device=device, generator=generator)
+        for p, piece in zip(params, torch.split(flat, [p.numel() for p in params]), strict=True):
+            p.grad = piece.view_as(p)
+        return _Problem(params=params, flat=flat, suffix=suffix, rounds=rounds)
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters."""
+        return self.flat.numel()
+
+    def values(self) -> Tensor:
+        """(numel,) A copy of all parameters."""
+        return torch.cat([p.detach().reshape(-1) for p in self.params])
+
+    def row(
+        self,
+        case: str,
+        step: Callable[[], object],
+        moved: int,
+        check: Callable[[], int] | None = None,
+        *,
+        wire: int = 0,
+        launches: int = LAUNCHES,
+    ) -> Row:
+        """Time a step that moves so many bytes, and then count what is wrong."""
+        times = timed(step, self.rounds, launches)
+        wrong = None if check is None else check()
+        return make_row(case, torch.float32, self.numel, moved, times, wrong, wire)
+
+
+def _one_level(problem: _Problem) -> tuple[Row, Figures]:
+    numel, ranks = problem.numel, dist.get_world_size()
+    ours, figures = _warmed_up(problem)
+    packed = CODEC.plan([p.numel() for p in problem.params], ranks)[0].payload_bytes * ranks
+    distance = _distance_from_plain(problem.flat.device)
+    held = figures["held"]
+    figures |= {
+        "held without payloads under way": held - (3 + 1 / ranks) * packed / numel,
+        "bar": 8.2 + 4 / ranks,
+        "distance from plain operations": distance,
+    }
+    moved = int(24 * numel + 4 * packed + (8 * numel + (ranks + 1) * packed) / ranks)
+
+    def wrong() -> int:
+        return _differing_between_ranks(problem.params) + int(distance > FAR)
+
+    return problem.row(f"OnebitAdam{problem.suffix}", ours.step, moved, wrong), figures
+
+
+def _two_levels(
+    problem: _Problem, way: str, per_node: int, shard: bool, expected: Tensor | None
+) -> tuple[Row, Figures, Tensor]:
+    """The row, the figures, and where the parameters end after as many steps as are timed, which `expected` says."""
+    ours, figures = _warmed_up(problem, local_group=per_node, shard=shard)
+
+    def wrong() -> int:
+        count = _differing_between_ranks(problem.params)
+        return (
+            count if expected is None else count + _over_ranks(differing(problem.values(), expected), expected.device)
+        )
+
+    row = problem.row(f"OnebitAdam{problem.suffix}, {way}", ours.step, 4 * problem.numel, wrong)
+    return row, figures, problem.values()
+
+
+def _warmed_up(problem: _Problem, **options: Any) -> tuple[OnebitAdam, Figures]:
+    """OnebitAdam that makes compressed steps, and the memory that it holds and takes."""
+    gc.collect()
     base = torch.cuda.memory_allocated()
-    ours = OnebitAdam(params, lr=1e-4, freeze_step=1)
+    ours = OnebitAdam(problem.params, lr=1e-4, freeze_step=1, **options)
     for _ in range(4):  # warm-up, and the last steps that allocate
         ours.step()
     torch.cuda.synchronize()
@@ -36,71 +154,47 @@ def whole_steps(suffix: str, shapes: Shapes, device: torch.device, rounds: int) 
     ours.step()
     torch.cuda.synchronize()
     temporary = torch.cuda.max_memory_allocated() - base - held
-    packed = CODEC.plan([p.numel() for p in params], ranks)[0].payload_bytes * ranks
-    distance = _distance_from_plain(device)
-    memory = {
-        "held": held / numel,
-        "held without payloads under way": (held - (3 + 1 / ranks) * packed) / numel,
-        "temporary": temporary / numel,
-        "bar": 8.2 + 4 / ranks,
-        "kernels": ours.kernels,
-        "distance from plain operations": distance,
-    }
-    moved = int(24 * numel + 4 * packed + (8 * numel + (ranks + 1) * packed) / ranks)
-    times = timed(ours.step, rounds)
-    wrong = _differing_between_ranks(params) + int(distance > FAR)
-    rows = [make_row(f"OnebitAdam{suffix}", torch.float32, numel, moved, times, wrong)]
-    del ours
-    others = _others(suffix, params, rounds)
+    return ours, {"held": held / problem.numel, "temporary": temporary / problem.numel, "kernels": ours.kernels}
 
-    theirs = torch.optim.AdamW(params, lr=1e-4, fused=True)
-    alone = make_row(f"AdamW(fused=True){suffix}", torch.float32, numel, 28 * numel, timed(theirs.step, rounds), None)
-    rows.append(alone)
-    for dtype in (torch.float32, torch.bfloat16):
-        sent = flat.to(dtype)
+
+def _adamw(problem: _Problem) -> dict[str, Row]:
+    """Rows of AdamW alone and with NCCL's average, by the role that they have for others."""
+    theirs = torch.optim.AdamW(problem.params, lr=1e-4, fused=True)
+    name, moved, ranks = "AdamW(fused=True)", 28 * problem.numel, dist.get_world_size()
+    rows = {"AdamW": problem.row(f"{name}{problem.suffix}", theirs.step, moved)}
+    for role, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        sent = problem.flat.to(dtype)
 
         def averaged_step(sent: Tensor = sent) -> None:
             dist.all_reduce(sent, op=dist.ReduceOp.AVG)
             theirs.step()
 
-        name = f"AdamW(fused=True) + NCCL {str(dtype).removeprefix('torch.')}{suffix}"
-        wire = 2 * (ranks - 1) * numel * dtype.itemsize // ranks
-        rows.append(make_row(name, torch.float32, numel, 28 * numel, timed(averaged_step, rounds), None, wire))
-    for other, role in zip(rows[1:], ("AdamW", "AdamW + NCCL fp32", "AdamW + NCCL bf16"), strict=True):
-        rows[0].ratios.update(against(role, rows[0], other, by_time=True))
-    for other in others:
-        other.ratios.update(against("OnebitAdam", other, rows[0], by_time=True))
-    return rows + others, memory
+        case = f"{name} + NCCL {str(dtype).removeprefix('torch.')}{problem.suffix}"
+        wire = 2 * (ranks - 1) * problem.numel * dtype.itemsize // ranks
+        rows[f"AdamW + NCCL {role}"] = problem.row(case, averaged_step, moved, wire=wire)
+    return rows
 
 
-def _others(suffix: str, params: Sequence[torch.nn.Parameter], rounds: int) -> list[Row]:
-    """Mean steps of a whole interval of ZeroOneAdam, most of them local, and steps of OnebitLamb."""
-    numel = sum(p.numel() for p in params)
-    local = ZeroOneAdam(params, lr=1e-4, var_freeze_step=2, local_step_scaler=2, local_step_clipper=INTERVAL)
+def _zero_one_adam(problem: _Problem) -> Row:
+    """Mean steps of a whole interval, most of them local."""
+    local = ZeroOneAdam(problem.params, lr=1e-4, var_freeze_step=2, local_step_scaler=2, local_step_clipper=INTERVAL)
     for _ in range(4 * INTERVAL):  # past the freeze, and to intervals that grow no more
         local.step()
-    times = timed(local.step, rounds, INTERVAL)
-    local.synchronize()
-    wrong = _differing_between_ranks(params)
-    rows = [make_row(f"ZeroOneAdam{suffix}", torch.float32, numel, 4 * numel, times, wrong)]
-    del local
-    lamb = OnebitLamb(params, lr=1e-4, freeze_step=2)
+
+    def wrong() -> int:
+        local.synchronize()
+        return _differing_between_ranks(problem.params)
+
+    return problem.row(f"ZeroOneAdam{problem.suffix}", local.step, 4 * problem.numel, wrong, launches=INTERVAL)
+
+
+def _lamb(problem: _Problem) -> Row:
+    lamb = OnebitLamb(problem.params, lr=1e-4, freeze_step=2)
     for _ in range(5):
         lamb.step()
-    times = timed(lamb.step, rounds)
-    wrong = _differing_between_ranks(params)
-    return [*rows, make_row(f"OnebitLamb{suffix}", torch.float32, numel, 4 * numel, times, wrong)]
-
-
-def _problem(shapes: Shapes, device: torch.device) -> tuple[list[torch.nn.Parameter], Tensor]:
-    """Parameters, the same on every rank, and a tensor whose pieces are their gradients, this rank's own."""
-    generator = torch.Generator(device).manual_seed(1)
-    params = [torch.nn.Parameter(0.02 * torch.randn(s, device=device, generator=generator)) for s in shapes]
-    generator.manual_seed(2 + dist.get_rank())
-    flat = torch.randn(sum(p.numel() for p in params), device=device, generator=generator)
-    for p, piece in zip(params, torch.split(flat, [p.numel() for p in params]), strict=True):
-        p.grad = piece.view_as(p)
-    return params, flat
+    return problem.row(
+        f"OnebitLamb{problem.suffix}", lamb.step, 4 * problem.numel, lambda: _differing_between_ranks(problem.params)
+    )
 
 
 def _differing_between_ranks(params: Sequence[Tensor]) -> int:
@@ -114,16 +208,22 @@ def _differing_between_ranks(params: Sequence[Tensor]) -> int:
     return count
 
 
+def _over_ranks(count: int, device: torch.device) -> int:
+    total = torch.tensor(count, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
 def _distance_from_plain(device: torch.device) -> float:
     """How far the fused steps end from the same steps by plain torch operations, relative to the way made."""
     ends = []
     for codec in (SignCodec(), SignCodec(kernels="reference")):
-        params, flat = _problem([(1 << 20,), (1000, 77), (5,), (333,)], device)
-        start = torch.cat([p.detach().reshape(-1) for p in params])
-        optimizer = OnebitAdam(params, lr=1e-4, freeze_step=2, codec=codec)
+        problem = _Problem.of("", COMPARED, device, 0)
+        start = problem.values()
+        optimizer = OnebitAdam(problem.params, lr=1e-4, freeze_step=2, codec=codec)
         generator = torch.Generator(device).manual_seed(100 + dist.get_rank())
         for _ in range(2 + STEPS):
-            flat.normal_(generator=generator)
+            problem.flat.normal_(generator=generator)
             optimizer.step()
-        ends.append(torch.cat([p.detach().reshape(-1) for p in params]))
+        ends.append(problem.values())
     return float((ends[0] - ends[1]).norm() / (ends[1] - start).norm())

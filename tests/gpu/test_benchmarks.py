@@ -97,18 +97,42 @@ LAUNCHERS = {
 }
 
 
+def measured(ranks: int, module: str, folder: Path, *flags: str) -> record.Document:
+    """What a benchmark of so many ranks saves, in which nothing is wrong."""
+    flags = ("--mega=1", "-n2", "--per-node=2", f"--output={folder}", *flags)
+    command = [sys.executable, "-m", *LAUNCHERS[ranks], f"onebit.benchmarks.{module}", *flags]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    [path] = folder.glob("*.json")
+    document = record.load(path)
+    assert not [row["case"] for row in document["rows"] if row["wrong"]], run.stdout[-4000:]
+    return document
+
+
 @pytest.mark.parametrize("ranks", LAUNCHERS)
 def test_codecs_and_levels_are_right_beside_copies_and_nccl(ranks: int, tmp_path: Path) -> None:
-    flags = ["--mega=1", "-n2", "--sizes", "--per-node=2", f"--output={tmp_path}", "--codecs", "sign", "int8", "fp8"]
-    command = [sys.executable, "-m", *LAUNCHERS[ranks], "onebit.benchmarks.gpu", *flags]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    [path] = tmp_path.glob("*.json")
-    rows = record.load(path)["rows"]
+    rows = measured(ranks, "gpu", tmp_path, "--sizes", "--codecs", "sign", "int8", "fp8")["rows"]
     cases = {row["case"] for row in rows}
     assert {"encode fp8", "decode int8"} <= cases if ranks == 1 else {"compressed int8", "compressed fp8"} <= cases
     assert ranks != 4 or "compressed int8, nodes of 2" in cases, cases
-    assert not [row["case"] for row in rows if row["wrong"]], run.stdout[-4000:]
+
+
+@pytest.mark.parametrize("ranks", LAUNCHERS)
+def test_steps_are_right_on_one_level_and_on_two_replicated_and_sharded(ranks: int, tmp_path: Path) -> None:
+    document = measured(ranks, "gpu_steps", tmp_path)
+    checked = {row["case"] for row in document["rows"] if row["wrong"] == 0}
+    if ranks == 1:
+        assert {"encode_momentum", "decode_update"} <= checked, checked
+        return
+    for suffix in ("", " BERT-Large"):
+        one_level = {f"{name}{suffix}" for name in ("OnebitAdam", "ZeroOneAdam", "OnebitLamb")}
+        two_levels = {f"OnebitAdam{suffix}, nodes of 2", f"OnebitAdam{suffix}, nodes of 2, sharded"}
+        assert checked >= one_level | (two_levels if ranks == 4 else set()), checked
+    if ranks == 4:
+        figures = document["run"]["memory"]["BERT-Large"]
+        replicated, sharded = figures["nodes of 2"], figures["nodes of 2, sharded"]
+        assert replicated["kernels"] == "gpu", figures
+        assert sharded["held"] < replicated["held"], figures
 
 
 @needs_two
