@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from onebit.benchmarks import console, record
-from onebit.benchmarks.gpu_averages import MI, Way, averages, buckets, compare, normal
+from onebit.benchmarks import console
+from onebit.benchmarks.gpu_averages import Way, averages, buckets, compare, normal
 from onebit.benchmarks.gpu_host import host_microseconds
 from onebit.benchmarks.gpu_kernels import kernels
-from onebit.benchmarks.gpu_timing import report
+from onebit.benchmarks.gpu_run import Place, flags_of, leave, report
+from onebit.benchmarks.gpu_timing import MI
 from onebit.benchmarks.options import parse_codec
 from onebit.benchmarks.row import Row
 from onebit.comm import make_backend
@@ -28,36 +27,29 @@ from onebit.compress import Codec
 SIZES = (1, 8, 64)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0: everything was right; 1: something was wrong."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Ends the process: 0: everything was right; 1: something was wrong."""
     options = _flags().parse_args(arguments)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
+    place = Place.taken()
     rows: list[Row] = []
     figures: dict[str, dict[str, float]] = {}
-    if ranks == 1:
-        rows = kernels(options.mega * MI, device, options.iters, dict(options.codecs))
+    if place.ranks == 1:
+        rows = kernels(options.mega * MI, place.device, options.iters, dict(options.codecs))
     else:
-        rows, figures = _over_nccl(options, device)
-    wrong = sum(row.wrong or 0 for row in rows)
-    if int(os.environ.get("RANK", "0")) == 0:
-        name = options.name or ("cuda-kernels" if ranks == 1 else f"nccl-{ranks}")
-        report(name, ranks, options.iters, rows, options.output, **figures)
+        rows, figures = _over_nccl(options, place.device)
+    if place.rank == 0:
+        name = options.name or ("cuda-kernels" if place.ranks == 1 else f"nccl-{place.ranks}")
+        report(name, place.ranks, options.iters, rows, options.output, **figures)
         _show_host(figures.get("host_us", {}))
-    sys.stdout.flush()
-    os._exit(min(wrong, 1))  # NCCL's own clean-up waits for captured graphs
+    leave(rows)
 
 
 def _flags() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.gpu", description=__doc__)
-    flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON results")
+    flags = flags_of("gpu", __doc__)
     flags.add_argument("--name", help="name of the result (cuda-kernels; nccl-4 for 4 ranks)")
-    flags.add_argument("--mega", type=int, default=300, help="Mi elements of the largest tensor")
     flags.add_argument(
         *("--sizes", "-s"), type=int, nargs="*", default=SIZES, help="Mi elements of smaller ones that are averaged"
     )
-    flags.add_argument("-n", "--iters", type=int, default=15, help="timed rounds")
     flags.add_argument(
         "--only",
         nargs="+",
@@ -112,4 +104,4 @@ def _show_host(times: Mapping[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

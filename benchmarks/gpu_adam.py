@@ -5,7 +5,6 @@ Updated parameters are compared with torch's before a time is taken. Bandwidth c
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -16,15 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onebit.benchmarks import console, record
+from onebit.benchmarks import console
+from onebit.benchmarks.gpu_run import flags_of, report, status
 from onebit.benchmarks.gpu_steps import bert_large
-from onebit.benchmarks.gpu_timing import against, make_row, report, timed
+from onebit.benchmarks.gpu_timing import MI, against, captured, make_row, timed
 from onebit.benchmarks.row import Row
 from onebit.optim import FusedAdam
 from onebit.optim.gpu import adam
 from onebit.optim.gpu.adam_step import Kind, Shapes, Step
 
-MI = 1 << 20
 MANY = [(1000,)] * 10_000
 LR = 1e-3
 CHECKED_STEPS = 3
@@ -38,11 +37,7 @@ KERNELS = "ADAM(f32_f32, f32, f32, false)\nADAM(bf16_bf16, bf16, bf16, false)\n"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: everything was right; 1: something was wrong."""
-    flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.gpu_adam", description=__doc__)
-    flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON results")
-    flags.add_argument("--mega", type=int, default=300, help="Mi elements of the largest tensor")
-    flags.add_argument("-n", "--iters", type=int, default=15, help="timed rounds")
-    options = flags.parse_args(arguments)
+    options = flags_of("gpu_adam", __doc__).parse_args(arguments)
     large = [(options.mega * MI,)]
     figures: dict[str, object] = {"adam_kernels": _first_step()}
     rows = [copy_row(options.mega * MI, options.iters)]
@@ -62,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in (figures["adam_kernels"], *bars(rows)):
         console.say(str(line))
     sys.stdout.flush()
-    return min(sum(row.wrong or 0 for row in rows), 1)
+    return status(rows)
 
 
 def _first_step() -> str:
@@ -108,8 +103,8 @@ def optimizers(suffix: str, shapes: Sequence[tuple[int, ...]], rounds: int, host
         alone.append(make_row(f"{name}, alone{suffix}", torch.float32, numel, 28 * numel, times, None))
         host[f"{name}{suffix}"] = _host_microseconds(optimizer.step)
         del optimizer
-    captured = FusedAdam(params, LR, capturable=True)
-    times = timed(_graph_of(captured.step).replay, rounds)
+    graphed = FusedAdam(params, LR, capturable=True)
+    times = timed(captured(graphed.step).replay, rounds)
     rows.append(make_row(f"FusedAdam replayed{suffix}", torch.float32, numel, 28 * numel, times, None))
     for row in rows:
         row.ratios.update(against("fused", row, rows[1], by_time=True))
@@ -202,15 +197,6 @@ def _wrong(params: Sequence[Tensor]) -> int:
     # Each element is near its own value and near what was added to it, whichever is larger, to ten units of 2^-24.
     bound = 10 * 2.0**-24
     return sum(int(((a - b).abs() > bound * (b.abs() + CHECKED_STEPS * LR)).sum()) for a, b in zip(*ends, strict=True))
-
-
-def _graph_of(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def _host_microseconds(step: Callable[[], object]) -> float:

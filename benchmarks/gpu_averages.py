@@ -13,12 +13,11 @@ from torch import Tensor
 
 from onebit.benchmarks.case import Setting
 from onebit.benchmarks.collectives import two_level_wire
-from onebit.benchmarks.gpu_timing import against, differing, make_row, timed
+from onebit.benchmarks.gpu_timing import MI, against, captured, differing, make_row, timed
 from onebit.benchmarks.row import Row
 from onebit.comm import Backend, CompressedAllreduce, run_threads
 from onebit.compress import Codec
 
-MI = 1 << 20
 DTYPES = (torch.float32, torch.bfloat16)
 BUCKETS_MB = (128, 256, 512, 2048)
 OURS, NCCL, GRAPH = "compressed", "nccl", ", graph"
@@ -68,7 +67,7 @@ def _averages_of(
     ) -> list[Row]:
         rows = [make_row(name, dtype, numel, nbytes, timed(run, rounds, 1), wrong, formula, counted)]
         if numel <= 8 * MI:
-            replayed = _replayed(run, rounds)
+            replayed = timed(captured(run).replay, rounds, 1)
             rows.append(make_row(name + GRAPH, dtype, numel, nbytes, replayed, wrong, formula, counted))
         return rows
 
@@ -144,12 +143,3 @@ def _right_average(way: Way, numel: int, dtype: torch.dtype, ranks: int, rank: i
 def normal(numel: int, rank: int) -> Tensor:
     """The (numel,) standard normal fp32 numbers of a rank, on the CPU; not to be changed."""
     return torch.randn(numel, generator=torch.Generator().manual_seed(rank))
-
-
-def _replayed(run: Callable[[], object], rounds: int) -> list[float]:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return timed(graph.replay, rounds, 1)

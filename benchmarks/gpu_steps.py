@@ -7,54 +7,40 @@ and with sharded state equal to those with replicated state.
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
-from onebit.benchmarks import record
-from onebit.benchmarks.gpu_timing import report
+from onebit.benchmarks.gpu_run import Place, flags_of, leave, report
+from onebit.benchmarks.gpu_timing import MI
 from onebit.benchmarks.row import Row
 from onebit.benchmarks.step_kernels import step_kernels
 from onebit.benchmarks.whole_steps import whole_steps
 
-MI = 1 << 20
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0: everything was right; 1: something was wrong."""
-    flags = argparse.ArgumentParser(prog="python -m onebit.benchmarks.gpu_steps", description=__doc__)
-    flags.add_argument("--output", type=Path, default=record.default_folder(), help="folder for the JSON results")
-    flags.add_argument("--mega", type=int, default=300, help="Mi elements of the one tensor")
-    flags.add_argument("-n", "--iters", type=int, default=15, help="timed rounds")
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Ends the process: 0: everything was right; 1: something was wrong."""
+    flags = flags_of("gpu_steps", __doc__)
     flags.add_argument(
         "--per-node", type=int, default=1, help="OnebitAdam is timed on two levels, too, of nodes of so many ranks"
     )
     options = flags.parse_args(arguments)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
+    place = Place.taken()
     rows: list[Row] = []
     memory: dict[str, object] = {}
-    if ranks == 1:
-        rows = step_kernels(options.mega * MI, device, options.iters)
+    if place.ranks == 1:
+        rows = step_kernels(options.mega * MI, place.device, options.iters)
     else:
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=place.device)
         for name, shapes in (("", [(options.mega * MI,)]), (" BERT-Large", bert_large())):
-            more, memory[name.strip() or "one tensor"] = whole_steps(
-                name, shapes, device, options.iters, options.per_node
-            )
+            more, figures = whole_steps(name, shapes, place.device, options.iters, options.per_node)
             rows += more
-    wrong = sum(row.wrong or 0 for row in rows)
-    if int(os.environ.get("RANK", "0")) == 0:
-        name = "step-kernels" if ranks == 1 else f"steps-{ranks}"
-        report(name, ranks, options.iters, rows, options.output, memory=memory)
-    sys.stdout.flush()
-    os._exit(min(wrong, 1))  # as in onebit.benchmarks.gpu
+            memory[name.strip() or "one tensor"] = figures
+    if place.rank == 0:
+        name = "step-kernels" if place.ranks == 1 else f"steps-{place.ranks}"
+        report(name, place.ranks, options.iters, rows, options.output, memory=memory)
+    leave(rows)
 
 
 def bert_large() -> list[tuple[int, ...]]:
@@ -66,4 +52,4 @@ def bert_large() -> list[tuple[int, ...]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

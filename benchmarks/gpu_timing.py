@@ -1,20 +1,19 @@
-"""Times of CUDA work by events, the rows made of them, and the document and table at the end."""
+"""Times of CUDA work by events, graphs of it, and the rows made of times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onebit.benchmarks import console, record, view
 from onebit.benchmarks.row import Row, Spread
 from onebit.compress import SignCodec
 
 CODEC = SignCodec()
+MI = 1 << 20
 LAUNCHES = 8  # per measured interval, so that the time to launch the first is hidden behind the others
 
 
@@ -45,6 +44,16 @@ def timed(run: Callable[[], object], rounds: int, launches: int = LAUNCHES) -> l
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         times = slowest.tolist()
     return times
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of what a second run does."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
 def make_row(
@@ -88,22 +97,3 @@ def against(role: str, row: Row, yardstick: Row, by_time: bool = False) -> dict[
     pairs = scale * np.array(yardstick.seconds) / np.array(row.seconds)
     low, median, high = np.quantile(pairs, [0.25, 0.5, 0.75])
     return {role: Spread(median=float(median), low=float(low), high=float(high))}
-
-
-def report(name: str, ranks: int, rounds: int, rows: Sequence[Row], folder: Path, **figures: object) -> None:
-    """Save the document of a run and print its table; `figures` stand beside what describes the run."""
-    fields = [record.row_fields(row) for row in rows]
-    result = record.make(name, {**_run(ranks, rounds), **figures}, fields, "cuda")
-    record.save(result, folder)
-    cells = view.terminal(result)
-    console.show_table(view.title(result), view.columns(cells), cells)
-
-
-def _run(ranks: int, rounds: int) -> dict[str, object]:
-    return {
-        "ranks": ranks,
-        "backend": "nccl" if ranks > 1 else "single",
-        "link": "the GPUs' own links",
-        "kernels": CODEC.kernels_on("cuda"),
-        "iterations": rounds,
-    }

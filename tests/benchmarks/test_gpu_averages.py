@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onebit.benchmarks.gpu_averages import MI, Way, compare, normal
+from onebit.benchmarks.gpu_averages import Way, compare, normal
 from onebit.benchmarks.gpu_averages import _right_average as right_average
-from onebit.benchmarks.gpu_timing import make_row
+from onebit.benchmarks.gpu_timing import MI, make_row
 from onebit.benchmarks.row import Row
 from onebit.comm import Backend, run_threads
 from onebit.compress import Int8Codec, SignCodec
