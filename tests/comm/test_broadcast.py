@@ -139,6 +139,18 @@ def check_models_that_differ_are_refused_before_anything_moves(backend: Backend)
     assert model.seen() == Model(0).seen()
 
 
+def check_models_on_cpu_and_cuda(backend: Backend, *others: object) -> None:
+    """For the files that need a GPU; `others` stand for the same ranks."""
+    for place, group in itertools.product(("cpu", "cuda", "both"), (backend, *others)):
+        model = Model(backend.rank)
+        if place == "both":
+            model.norm.cuda()
+        else:
+            model.to(place)
+        broadcast(model, group, 1)
+        assert model.seen() == Model(1).seen(), (place, group)
+
+
 CHECKS: list[Check] = [
     check_every_dtype_and_shape_in_one_list,
     check_strides_of_every_kind_and_different_ones_on_ranks,

@@ -21,7 +21,7 @@ from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import run_ranks
 from tests.comm.test_backends import DTYPES, as_bytes, as_tensor, blank, bytes_of, exchanged, gathered
 from tests.comm.test_broadcast import DTYPES as BROADCAST_DTYPES
-from tests.comm.test_broadcast import Model, assert_same, content
+from tests.comm.test_broadcast import Model, assert_same, check_models_on_cpu_and_cuda, content
 
 WORLD_SIZES = [size for size in (2, 4, 8) if size <= torch.cuda.device_count()]
 
@@ -162,15 +162,7 @@ def check_a_broadcast_carries_every_dtype_of_both_devices(backend: Backend) -> N
 
 
 def check_a_broadcast_of_models_on_devices_of_either_kind(backend: Backend) -> None:
-    for place in ("cpu", "cuda", "both"):
-        model = Model(backend.rank)
-        if place == "both":
-            model.norm.cuda()
-        else:
-            model.to(place)
-        for group in (backend, None):
-            broadcast(model, group, 1)
-            assert model.seen() == Model(1).seen(), (place, group)
+    check_models_on_cpu_and_cuda(backend, None)
     model = Model(backend.rank).to("cuda" if backend.rank else "cpu")
     with pytest.raises(MismatchError, match=r"do not agree on backend: rank 0: gloo; ranks? 1.*: nccl"):
         broadcast(model)

@@ -13,6 +13,7 @@ from onebit.comm.mpi_backend import MpiBackend
 from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
 from tests.comm.launcher import needs_mpi, run_ranks
 from tests.comm.test_backends import DTYPES, as_bytes, as_tensor, blank, bytes_of, exchanged, gathered
+from tests.comm.test_broadcast import check_models_on_cpu_and_cuda
 
 NUMELS = (1, 5000, 300_001, 1024)
 LONG = 200_000_000  # clock cycles, about a tenth of a second: what is not ordered behind it comes too early
@@ -105,6 +106,7 @@ CHECKS = [
     check_work_is_ordered_on_the_current_stream,
     check_several_in_flight_do_not_share_memory,
     check_averages_are_those_of_cpu_ranks,
+    check_models_on_cpu_and_cuda,
 ]
 WAYS = ["as the library says", "staged"]
 
