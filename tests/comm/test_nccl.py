@@ -151,7 +151,8 @@ def check_collectives_in_line_are_ordered_on_the_current_stream(backend: Backend
 
 def check_a_broadcast_carries_every_dtype_of_both_devices(backend: Backend) -> None:
     cases = list(itertools.product(BROADCAST_DTYPES, ((), (0,), (7,), (2, 3, 2, 3)), ("cpu", "cuda")))
-    for source, group in enumerate((backend, None, "nccl", "gloo")):
+    without_cuda = dist.new_group(list(range(backend.size)), backend="gloo")
+    for source, group in enumerate((backend, None, "nccl", "gloo", without_cuda)):
         source %= backend.size
         given = [content(shape, dtype, backend.rank, i).to(device) for i, (dtype, shape, device) in enumerate(cases)]
         given = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in given]
