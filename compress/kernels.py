@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from onebit.compress.errors import InputError
+from onebit.compress.forks import guard_forks
 from onebit.compress.operators import Functions
 from onebit.compress.quantizer import Quantizer
 
@@ -70,6 +71,8 @@ def quantized_kernels_for(device: torch.device, name: str | None = None) -> Quan
 
 def _chosen(device: torch.device, name: str | None, table: Mapping[str, str]) -> str:
     """The module of the implementation."""
+    if device.type == "cuda":
+        guard_forks()
     if name is None:
         name = _fastest(device.type)
     if name not in table:

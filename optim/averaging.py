@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +75,8 @@ class Averaging(torch.optim.Optimizer):
         return self._reducers
 
     def _group_reducers(self, residual: Residual | None = None) -> GroupReducers:
-        return GroupReducers(lambda: self.backend, self._codec, self._bucket_size(), self._local_group, residual)
+        backend = partial(_backend_of, weakref.ref(self))  # optimizers are freed when dropped, not by the collector
+        return GroupReducers(backend, self._codec, self._bucket_size(), self._local_group, residual)
 
     def _bucket_size(self) -> float:
         """MiB of fp32 that travel together."""
@@ -89,3 +92,9 @@ class Averaging(torch.optim.Optimizer):
         """Whose error feedback this rank has, and of how many: its own, or that of its node; collective as `_nodes`."""
         levels = self._nodes()
         return (self.backend.rank, self.backend.size) if levels is None else (levels.between.rank, levels.between.size)
+
+
+def _backend_of(optimizer: weakref.ref[Averaging]) -> Backend:
+    owner = optimizer()
+    assert owner is not None, "only an optimizer that there is makes averages"
+    return owner.backend

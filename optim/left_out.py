@@ -26,7 +26,7 @@ class LeftOut:
     def note(self, taken: Tensor, rank: int) -> None:
         """A local step of one group was taken, or this rank's contribution was left out; 0-dim bool, on any device."""
         self._latest.append(taken)
-        self._unheard.add(taken, lambda known: self._count(known, rank))
+        self._unheard.add(taken, self._count, rank)
         self._unheard.poll()
 
     def hear(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class _Event(Protocol):
 class _Pending:
     made: Tensor  # 0-dim bool in host memory, valid once `event` has come
     event: _Event | None
-    learn: Callable[[bool], None]
+    learn: WeakMethod[Callable[..., None]]
+    about: tuple[Any, ...]
 
 
 class PendingSteps:
@@ -35,14 +37,20 @@ class PendingSteps:
         """Return the number of steps whose fate the host does not know."""
         return len(self._queue)
 
-    def add(self, made: Tensor, learn: Callable[[bool], None]) -> None:
-        """Have `learn` called with the value of `made`, 0-dim bool on any device, by a later `poll` or `wait`."""
+    def add(self, made: Tensor, learn: Callable[..., None], *about: Any) -> None:
+        """Have `learn` called with the value of `made` and with `about`, by a later `poll` or `wait`.
+
+        Args:
+            made: 0-dim bool on any device.
+            learn: a method, of what has this queue; it is not kept alive, for what is in a cycle is freed late.
+            about: what else it is to be told.
+        """
         event: _Event | None = None
         if made.device.type == "cuda":
             stream = torch.cuda.current_stream(made.device)
             made = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(made, non_blocking=True)
             event = stream.record_event()
-        self._queue.append(_Pending(made, event, learn))
+        self._queue.append(_Pending(made, event, WeakMethod(learn), about))
         while len(self._queue) > MOST:
             self._tell()
 
@@ -63,4 +71,6 @@ class PendingSteps:
         first = self._queue.popleft()
         if first.event is not None:
             first.event.synchronize()
-        first.learn(bool(first.made))
+        learn = first.learn()
+        assert learn is not None, "who has a queue outlives it"
+        learn(bool(first.made), *first.about)

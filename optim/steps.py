@@ -102,10 +102,9 @@ class Steps:
         for exchange in exchanges:
             exchange.settle(made)
         optimizer._tell_scaler(made)
-        groups = list(optimizer.param_groups)
-        self.pending.add(made, lambda known: self._learn(groups, known))
+        self.pending.add(made, self._learn, list(optimizer.param_groups))
 
-    def _learn(self, groups: list[dict[str, Any]], made: bool) -> None:
+    def _learn(self, made: bool, groups: list[dict[str, Any]]) -> None:
         """Hear what the device has decided about a step of these groups."""
         optimizer = self._owner()
         if not made:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from onebit.compress.forks import guard_forks
 from onebit.compress.gpu.build import compile_source
 from onebit.compress.gpu.driver import Launch, current_context
 
@@ -59,6 +60,7 @@ def _loaded(file: str | Path, kernel: str, device: int) -> tuple[Any, int]:
 def _module(file: str | Path, device: int) -> Any:
     from cupy.cuda import Module
 
+    guard_forks()
     source = _FOLDER / file
     capability = torch.cuda.get_device_capability(device)
     module = Module()

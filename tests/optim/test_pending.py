@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakMethod
 
 import pytest
 import torch
@@ -43,10 +44,10 @@ class LatePending(PendingSteps):
         super().__init__()
         self.events: list[Arriving] = []
 
-    def add(self, made: Tensor, learn: Any) -> None:
+    def add(self, made: Tensor, learn: Any, *about: Any) -> None:
         event = Arriving()
         self.events.append(event)
-        self._queue.append(pending._Pending(made, event, learn))
+        self._queue.append(pending._Pending(made, event, WeakMethod(learn), about))
 
 
 class Descent(CompressedOptimizer):
@@ -174,13 +175,18 @@ def test_one_group_that_must_know_makes_all_decide_on_the_host_in_the_order_of_t
     run_threads(2, train)
 
 
+class Told(list[bool]):
+    def learn(self, made: bool) -> None:
+        self.append(made)
+
+
 def test_a_host_far_ahead_waits_for_the_oldest() -> None:
     queue = PendingSteps()
-    told: list[bool] = []
+    told = Told()
     events = [Arriving() for _ in range(pending.MOST + 3)]
     for number, event in enumerate(events):
-        queue._queue.append(pending._Pending(torch.tensor(number % 2 == 0), event, told.append))
-    queue.add(torch.tensor(False), told.append)
+        queue._queue.append(pending._Pending(torch.tensor(number % 2 == 0), event, WeakMethod(told.learn), ()))
+    queue.add(torch.tensor(False), told.learn)
     assert told == [True, False, True, False]
     assert [event.waited for event in events] == [1] * 4 + [0] * (pending.MOST - 1)
     assert len(queue) == pending.MOST
