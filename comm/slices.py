@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,9 +14,12 @@ from onebit.comm.levels import Levels
 from onebit.comm.part import Part
 from onebit.comm.planned import plan_buckets
 from onebit.comm.scatter import Span
+from onebit.comm.slice_rows import SliceRow
 from onebit.comm.stats import Stats
+from onebit.comm.two_level import TwoLevelPart
 from onebit.compress.codec import Codec, Operators
-from onebit.compress.layout import Layout, align
+
+Slice = TypeVar("Slice", Tensor, Tensor | None)
 
 
 class Slices:
@@ -38,21 +44,24 @@ class Slices:
         inside = self._inside = levels.inside
         self._stats = Stats() if stats is None else stats
         self._buckets: list[list[list[Span]]] = []
-        self._layouts: list[Layout] = []  # per bucket that of this rank's slice, every run taken for a tensor
         for layout in plan_buckets(codec, numels, inside.size * levels.between.size, bucket_mb):
             slices = [levels.slice_of(layout, rank) for rank in range(inside.size)]
             self._buckets.append([[(s.tensor, s.offset, s.numel) for s in one.segments] for one in slices])
-            self._layouts.append(slices[inside.rank].by_segment())
-        self.spans = [span for bucket in self._buckets for span in bucket[inside.rank]]
+        self.spans = list(chain.from_iterable(self.runs))
         self._runs: list[list[tuple[int, int]]] = [[] for _ in numels]  # of this rank, per tensor
         self._numels = [0] * len(numels)
         self._starts: list[list[int]] = []  # per bucket and run of this rank, where it begins in the tensor's slice
-        for bucket in self._buckets:
+        for spans in self.runs:
             self._starts.append([])
-            for tensor, offset, numel in bucket[inside.rank]:
+            for tensor, offset, numel in spans:
                 self._runs[tensor].append((offset, numel))
                 self._starts[-1].append(self._numels[tensor])
                 self._numels[tensor] += numel
+
+    @property
+    def runs(self) -> list[list[Span]]:
+        """The runs of this rank, bucket by bucket."""
+        return [bucket[self._inside.rank] for bucket in self._buckets]
 
     def cut(self, index: int, tensor: Tensor) -> Tensor:
         """This rank's slice of a tensor with this number in the list: 1-D, new memory, row-major order, its dtype."""
@@ -60,78 +69,78 @@ class Slices:
         runs = [flat[offset : offset + numel] for offset, numel in self._runs[index]]
         return torch.cat(runs) if runs else flat[:0].clone()
 
-    def decode(self, operators: Operators, parts: Sequence[Part]) -> list[Tensor]:
-        """This rank's slices of what has come of a compressed average of the tensors.
+    def pieces(self, slices: Mapping[int, Slice]) -> list[list[Slice]]:
+        """Bucket by bucket what this rank's runs are in its slices of some tensors: views.
+
+        Args:
+            slices: 1-D, by number in the list; None stands for as many Nones as there are runs.
+        """
+        return [
+            [_run(slices[t], start, numel) for (t, _, numel), start in zip(spans, starts, strict=True) if t in slices]
+            for spans, starts in zip(self.runs, self._starts, strict=True)
+        ]
+
+    def own(self, parts: Sequence[Part]) -> list[Part]:
+        """This rank's slice of every part of a compressed average of the tensors, each run of it taken for a tensor.
 
         Args:
             parts: of the average, whose levels, codec and bucket size are those given here; they have `gathered`.
+        """
+        found = []
+        for part in parts:
+            assert isinstance(part, TwoLevelPart)
+            payloads = part.gathered.view(self._inside.size, -1)[self._inside.rank]
+            found.append(replace(part.between.part, gathered=payloads))
+        return found
+
+    def decode(self, operators: Operators, parts: Sequence[Part]) -> list[Tensor]:
+        """This rank's slices of what has come of a compressed average of the tensors; `parts` as for `own`.
 
         Returns:
             New 1-D fp32 tensors.
         """
         device = parts[0].gathered.device if parts else None
         slices = [torch.empty(numel, device=device) for numel in self._numels]
-        for spans, starts, layout, part in zip(self._buckets, self._starts, self._layouts, parts, strict=True):
-            rank = self._inside.rank
-            payloads = _share(part.gathered, rank, layout.chunks * layout.payload_bytes)
-            mask = None if part.mask is None else _share(part.mask, rank, layout.padded_numel // 8)
-            runs = [slices[t][start : start + numel] for (t, _, numel), start in zip(spans[rank], starts, strict=True)]
+        for part, runs in zip(self.own(parts), self.pieces(dict(enumerate(slices))), strict=True):
             if runs:
-                operators.decode(payloads, mask, runs, layout)
+                part.decode(operators, runs)
         return slices
+
+    def rows(self, like: Mapping[int, Tensor]) -> Iterator[SliceRow]:
+        """Per bucket what the ranks of the node are to give each other of some tensors.
+
+        Args:
+            like: by number in the list, tensors of the same device and dtypes; the same numbers on every rank.
+        """
+        return (SliceRow(bucket, like, self._inside, self._stats) for bucket in self._buckets)
+
+    def exchange(self, mine: Mapping[int, Tensor]) -> Iterator[SliceRow]:
+        """Per bucket what all ranks of the node have given of some tensors; collective among them as it is asked for.
+
+        Args:
+            mine: by number in the list, this rank's slices of the tensors, the same ones on every rank.
+
+        Raises:
+            TransportError: a peer is dead or too slow.
+        """
+        for row, runs in zip(self.rows(mine), self.pieces(mine), strict=True):
+            row.fill(runs)
+            row.exchange()
+            yield row
 
     def gather(self, mine: Mapping[int, Tensor], out: Mapping[int, Tensor]) -> None:
         """Write whole tensors from the slices of all ranks of the node; collective among them.
 
         Args:
-            mine: by number in the list, this rank's slices of some of the tensors, the same ones on every rank.
+            mine: as for `exchange`.
             out: those tensors, flat and contiguous, of the same dtypes; written.
 
         Raises:
             TransportError: a peer is dead or too slow; some of `out` may be written.
         """
-        for bucket, starts in zip(self._buckets, self._starts, strict=True):
-            wanted = [[span for span in spans if span[0] in out] for spans in bucket]
-            rows = [_places(spans, out) for spans in wanted]
-            size = max(end for _, end in rows)
-            if not size:
-                continue
-            device = next(iter(out.values())).device
-            sent = torch.empty(size, dtype=torch.uint8, device=device)
-            came = torch.empty(self._inside.size * size, dtype=torch.uint8, device=device)
-            rank = self._inside.rank
-            own = zip(bucket[rank], starts, strict=True)
-            given = [mine[t][start : start + numel] for (t, _, numel), start in own if t in out]
-            _copy(_views(sent, wanted[rank], rows[rank][0], out), given)
-            with self._stats.stage("gather_slices", self._inside, local=True):
-                self._inside.all_gather(came, sent).wait()
-            for spans, (places, _), row in zip(wanted, rows, came.view(-1, size), strict=True):
-                targets = [out[tensor][offset : offset + numel] for tensor, offset, numel in spans]
-                _copy(targets, _views(row, spans, places, out))
+        for row in self.exchange(mine):
+            row.write(out)
 
 
-def _share(whole: Tensor, rank: int, size: int) -> Tensor:
-    """The bytes of a bucket that belong to a rank's slice."""
-    return whole[rank * size : (rank + 1) * size]
-
-
-def _places(spans: Sequence[Span], kinds: Mapping[int, Tensor]) -> tuple[list[int], int]:
-    """The byte at which each run starts in what its rank sends, and where the last one ends."""
-    places, end = [], 0
-    for tensor, _, numel in spans:
-        places.append(end)
-        end = align(end + numel * kinds[tensor].element_size())
-    return places, end
-
-
-def _views(row: Tensor, spans: Sequence[Span], places: Sequence[int], kinds: Mapping[int, Tensor]) -> list[Tensor]:
-    """The runs in a row of bytes, with their dtypes."""
-    return [
-        row[place : place + numel * kinds[tensor].element_size()].view(kinds[tensor].dtype)
-        for (tensor, _, numel), place in zip(spans, places, strict=True)
-    ]
-
-
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+def _run(piece: Slice, start: int, numel: int) -> Slice:
+    return None if piece is None else piece[start : start + numel]

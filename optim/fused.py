@@ -31,7 +31,6 @@ class FusedMomentum:
     Args:
         kernels: what encodes and updates.
         reduce: the average of the momenta, over more than one rank.
-        states: per tensor of `reduce` Adam's state, ``exp_avg`` included; what is not row-major is made so.
 
     Attributes:
         settles: steps after the first leave it to the device whether they are made.
@@ -43,13 +42,13 @@ class FusedMomentum:
 
     shaped: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "master")
 
-    def __init__(self, kernels: StepKernels, reduce: CompressedAllreduce, states: States) -> None:
+    def __init__(self, kernels: StepKernels, reduce: CompressedAllreduce) -> None:
         self.kernels = step_kernels_of(kernels, reduce)
         self.reduce = reduce
         device = reduce.parts[0].gathered.device
         self.settles = device.type == "cuda"
         # A part uses neighbours, for only tensors without elements are in no part: its rows are a slice.
-        self._filled = [i for i, state in enumerate(states) if state["exp_avg_sq"].numel()]
+        self._filled = sorted({i for part in reduce.parts for i in part.used})
         self._row = {index: row for row, index in enumerate(self._filled)}
         self._counts = torch.zeros(2, len(self._filled), device=device)
         self.steps, self.variance_steps = self._counts
@@ -72,9 +71,9 @@ class FusedMomentum:
         """Where the averaged momentum of a part is kept, as payloads."""
         return self._payloads[part.gathered.data_ptr()]
 
-    def rows(self, part: Part) -> Tensor:
-        """The rows of `scalars` that belong to a part's tensors."""
-        return self.scalars[self.first_row(part) : self._row[part.used[-1]] + 1]
+    def rows(self, used: Sequence[int]) -> Tensor:
+        """The rows of `scalars` that belong to the tensors that a part, or a slice of one, uses."""
+        return self.scalars[self._row[used[0]] : self._row[used[-1]] + 1]
 
     def first_row(self, part: Part) -> int:
         """Which row of `scalars` belongs to a part's first tensor."""
@@ -249,16 +248,20 @@ class FusedStep:
             of_part(part, self._masters),
             variances,
             average.payload(part),
-            average.rows(part),
+            average.rows(part.used),
             eps=self._group["eps"],
             proceed=made,
         )
 
     def _count(self, made: Tensor | None) -> None:
         """Count the step, and write the scalars of the update."""
+        self._count_in(self._average.steps, made)
+
+    def _count_in(self, steps: Tensor, made: Tensor | None) -> None:
+        """Count the step in `steps`, as `FusedMomentum.steps`, and write the scalars of the update."""
         average, group = self._average, self._group
         self._kernels.adam_scalars(
-            average.steps,
+            steps,
             average.variance_steps,
             average.scalars,
             lr=group["lr"],

@@ -35,8 +35,8 @@ class FusedGroups(CompressedOptimizer):
         """What makes compressed steps: ``"cpu"`` or ``"gpu"``, fused kernels; or ``"torch"``, its operations.
 
         Fused kernels are for a `SignCodec`, on more than one rank, with `local_group` on more than one node (how many
-        there are is known after the first step), and without `shard`. Between their steps the momentum is kept as it
-        was sent, so ``state_dict()`` has ``exp_avg`` but ``state`` does not.
+        there are is known after the first step). Between their steps the momentum is kept as it was sent, so
+        ``state_dict()`` has ``exp_avg`` but ``state`` does not.
         """
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         fused = self._step_kernels(device) if self.backend.size > 1 else None
@@ -168,5 +168,5 @@ class FusedGroups(CompressedOptimizer):
             kernels = self._step_kernels(known.params[0].device) if reduce.parts else None
             if kernels is None:
                 return None
-            fused = self._fused[reducers] = FusedMomentum(kernels, reduce, known.states)
+            fused = self._fused[reducers] = FusedMomentum(kernels, reduce)
         return fused

@@ -42,7 +42,7 @@ class FusedLamb(FusedMomentum):
     def __init__(self, kernels: StepKernels, reduce: CompressedAllreduce, known: Known, layers: Layers) -> None:
         from onebit.optim.gpu.lamb import LayerwiseUpdate
 
-        super().__init__(kernels, reduce, known.states)
+        super().__init__(kernels, reduce)
         self.layers = layers
         sizes = [known.params[i].numel() for i in self._filled]
         self.layerwise = LayerwiseUpdate(sizes, [known.indices[i] for i in self._filled], self.steps.device)

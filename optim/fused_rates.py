@@ -25,7 +25,7 @@ class FusedRates(FusedMomentum):
     """
 
     def __init__(self, kernels: StepKernels, reduce: CompressedAllreduce, known: Known, layers: lamb.Layers) -> None:
-        super().__init__(kernels, reduce, known.states)
+        super().__init__(kernels, reduce)
         self._layers = layers
         self._places = layers.rows([known.indices[i] for i in self._filled])
 

@@ -80,7 +80,7 @@ class StepKernels(Protocol):
         eps: float,
         proceed: Tensor | None = None,
     ) -> None:
-        """Update parameters from ``part.gathered``, and copy that to `momentum` (uint8, the same size).
+        """Update parameters from ``part.gathered``, and copy that to `momentum` (uint8, the same size, or itself).
 
         w is the master (fp32) or the parameter; w ← w·keep, then w ← w - (rate·m) / ((√v·root) + ε), then the master is
         w and the parameter is w rounded. Where the mask is set only the first acts.

@@ -18,7 +18,7 @@ from onebit.optim.master import fp32_values
 from onebit.optim.moments import adam_state, local_momenta
 from onebit.optim.options import check_count, check_flags
 from onebit.optim.sharding import Sharding
-from onebit.optim.sliced_steps import SlicedCompressed, SlicedDense, SlicedRefresh
+from onebit.optim.sliced_steps import SlicedDense, SlicedRefresh
 from onebit.optim.staged import CompressedExchange
 from onebit.optim.state_keys import EXTRA
 from onebit.optim.warmup import WarmupStep
@@ -64,7 +64,7 @@ class OnebitAdam(Sharding):
         local_group: as for `onebit.comm.CompressedAllreduce`.
         shard: with `local_group`, every rank of a node holds the moments, masters and error feedback of a slice of the
             parameters alone, updates that slice and gets the others from the ranks of its node; the steps are the same
-            bit for bit, and made by torch's operations. See `onebit.optim.sharding`.
+            bit for bit. See `onebit.optim.sharding`.
         check_every: k: every k-th step ends with `onebit.optim.check_replicas`, which raises where ranks have drifted
             apart; None: no check and no cost.
         overlap: exchanges start during backward, bucket by bucket; see `onebit.optim.overlap`. Then accumulate in
@@ -148,7 +148,7 @@ class OnebitAdam(Sharding):
         phase = self._planned(group, group["step"])
         slices = self._slices_of(reducers)
         if phase == "compressed" and slices is not None:
-            return SlicedCompressed(self, group, reducers, slices)
+            return self._sliced_step(group, reducers, slices)
         if phase == "compressed":
             known = self._known(group)
             gradients = self._known_gradients(group, reducers, known)

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from onebit.comm import CompressedAllreduce
+from onebit.comm import CompressedAllreduce, Part
+from onebit.comm.slices import Slices
 
 
 class PackedMomentum:
@@ -32,7 +33,17 @@ class PackedMomentum:
             payload.copy_(part.gathered)
         self.filled = True
 
+    @property
+    def parts(self) -> list[Part]:
+        """Those of the average, as if it had come just now."""
+        return [replace(p, gathered=kept) for p, kept in zip(self._reduce.parts, self._payloads, strict=True)]
+
     def write(self, rows: Sequence[Tensor]) -> None:
         """Decode it to tensors like those of the average, row-major, fp32."""
-        for payload, part in zip(self._payloads, self._reduce.parts, strict=True):
-            replace(part, gathered=payload).decode(self._reduce.codec.unchecked(payload.device), rows)
+        for part in self.parts:
+            part.decode(self._reduce.codec.unchecked(part.gathered.device), rows)
+
+    def slices(self, dealt: Slices) -> list[Tensor]:
+        """This rank's slices of it, new 1-D fp32 tensors; `dealt` are slices of the tensors of the average."""
+        device = self._payloads[0].device if self._payloads else torch.device("cpu")
+        return dealt.decode(self._reduce.codec.unchecked(device), self.parts)

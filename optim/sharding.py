@@ -19,12 +19,13 @@ from onebit.comm.levels import AUTO, Levels, LocalGroup, local_group_fact
 from onebit.comm.slices import Slices
 from onebit.compress import InputError
 from onebit.compress.launch_env import local_rank, local_world_size, world_size_hint
-from onebit.optim.exchange import GroupReducers
+from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freezing import Freezing
-from onebit.optim.kernels import StepKernels
+from onebit.optim.fused_slices import SlicedMomentum
 from onebit.optim.merging import describe_slices
 from onebit.optim.options import check_flags
 from onebit.optim.packed import PackedMomentum
+from onebit.optim.sliced_steps import SlicedCompressed
 from onebit.optim.slices import GroupSlices
 from onebit.optim.state_keys import EXTRA, MOMENTUM, SLICES
 
@@ -77,9 +78,6 @@ class Sharding(Freezing):
                 "master_weights=True: weight decay in the gradient reads masters that no rank has whole; use "
                 "adamw_mode=True, or leave master_weights out"
             )
-
-    def _step_kernels(self, device: torch.device) -> StepKernels | None:
-        return None if self._shard else super()._step_kernels(device)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "shard": self._shard}
@@ -142,6 +140,22 @@ class Sharding(Freezing):
             self._sliced[reducers] = GroupSlices(self._dealer(levels, stats), levels.inside.size)
         return self._sliced[reducers]
 
+    def _sliced_step(self, group: dict[str, Any], reducers: GroupReducers, slices: GroupSlices) -> Exchange:
+        """1-bit Adam's compressed step on slices, by fused kernels where there are any."""
+        known = self._known(group)
+        slices.follow(known.params, self.state)
+        gradients = self._known_gradients(group, reducers, known)
+        like = [torch.empty((), device=p.device).expand(p.shape) for p in known.params]
+        reduce = self._average_of(reducers, like, lambda: slices.dead(known.params, self.state))
+        fused = self._fused.get(reducers)
+        if fused is None:
+            kernels = self._step_kernels(known.params[0].device) if reduce.parts else None
+            if kernels is None:
+                packed = self._packed_momentum(reducers, reduce)
+                return SlicedCompressed(self, group, slices, known, gradients, reduce, packed)
+            fused = self._fused[reducers] = SlicedMomentum(kernels, reduce, slices)
+        return fused.exchange(group, known, gradients)
+
     def _packed_momentum(self, reducers: GroupReducers, reduce: CompressedAllreduce) -> PackedMomentum | None:
         """Where a group's averaged momentum is kept; None: in the states, for with one node it comes in fp32."""
         if reduce.levels is None or not reduce.levels.compresses:
@@ -166,9 +180,7 @@ class Sharding(Freezing):
         if packed is None or not packed.filled:
             return {}
         slices = self._sliced[reducers]
-        rows = [torch.empty(p.shape, device=p.device) for p in slices.params]
-        packed.write(rows)
-        return dict(zip(slices.params, slices.cut(slices.params, rows), strict=True))
+        return dict(zip(slices.params, packed.slices(slices.dealt), strict=True))
 
 
 def _refuse_one_level(owner: str, local_group: LocalGroup) -> None:

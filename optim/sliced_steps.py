@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from onebit.comm import CompressedAllreduce
 from onebit.optim.adam_steps import dense_step, move, take_in
 from onebit.optim.dense import MeanExchange
 from onebit.optim.exchange import GroupReducers
+from onebit.optim.known import Known
 from onebit.optim.moments import local_momenta
+from onebit.optim.packed import PackedMomentum
 from onebit.optim.slices import Draft, GroupSlices
 from onebit.optim.staged import CompressedExchange
 from onebit.optim.state_keys import MOMENTUM, VARIANCE
@@ -88,30 +91,43 @@ class SlicedRefresh(MeanExchange):
 
 
 class SlicedCompressed(CompressedExchange):
-    """Momentum averaged compressed over a frozen variance; every rank decodes its slice of what has come.
+    """Momentum averaged compressed over a frozen variance, by torch's operations, where there are no fused kernels.
 
     The momentum that a step starts from is needed whole on every rank. It is decoded from the payloads of the last
     step; only where there are none, as after warm-up, its slices are put together.
+
+    Args:
+        optimizer, group, slices: whose step it is.
+        known: the parameters that there are slices of.
+        gradients: this rank's own, of these.
+        reduce: the average of their momenta.
+        packed: where it is kept; None: in the states.
     """
 
     def __init__(
-        self, optimizer: Sharding, group: dict[str, Any], reducers: GroupReducers, slices: GroupSlices
+        self,
+        optimizer: Sharding,
+        group: dict[str, Any],
+        slices: GroupSlices,
+        known: Known,
+        gradients: Sequence[Tensor | None],
+        reduce: CompressedAllreduce,
+        packed: PackedMomentum | None,
     ) -> None:
         self._optimizer = optimizer
         self._group = group
         self._slices = slices
+        self._known = known
+        self._gradients = gradients
+        self._reduce = reduce
+        self._packed = packed
         self._draft: Draft | None = None
-        slices.follow(_with_state(group, optimizer), optimizer.state)
-        known = self._known = optimizer._known(group)
-        self._gradients = optimizer._known_gradients(group, reducers, known)
         whole = [torch.empty(p.shape, device=p.device) for p in known.params]
-        self._reduce = optimizer._average_of(reducers, whole, lambda: slices.dead(known.params, optimizer.state))
-        self._packed = optimizer._packed_momentum(reducers, self._reduce)
-        if self._packed is not None and self._packed.filled:
-            self._packed.write(whole)
+        if packed is not None and packed.filled:
+            packed.write(whole)
         else:
             slices.gather(known.params, [state[MOMENTUM] for state in known.states], whole)
-        super().__init__(self._reduce, whole, known.indices, made_in=whole)
+        super().__init__(reduce, whole, known.indices, made_in=whole)
 
     def draft(self) -> None:
         """Make the step beside what there is; collective inside the node."""

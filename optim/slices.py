@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm.scatter import Span
+from onebit.comm.slice_rows import SliceRow
 from onebit.comm.slices import Slices
 from onebit.optim.moments import adam_state, masks_if_any
 from onebit.optim.state_keys import COUNTS, SHAPED
@@ -104,6 +105,23 @@ class GroupSlices:
         self.gather(params, mine, out)
         return out
 
+    def exchange(self, params: Sequence[Tensor], mine: Sequence[Tensor]) -> list[SliceRow]:
+        """What all ranks of the node have given of tensors of some dtypes, for `write`; collective among them.
+
+        Args:
+            params, mine: as for `gather`.
+        """
+        return list(self._dealt.exchange({self._index[p]: t for p, t in zip(params, mine, strict=True)}))
+
+    def write(self, rows: Sequence[SliceRow], params: Sequence[Tensor]) -> None:
+        """Overwrite these parameters by what was exchanged of them."""
+        flat = {self._index[p]: p.detach().view(-1) if p.is_contiguous() else p.new_empty(p.numel()) for p in params}
+        for row in rows:
+            row.write(flat)
+        for p in params:
+            if not p.is_contiguous():
+                p.copy_(flat[self._index[p]].view(p.shape))
+
     def dead(self, params: Sequence[Tensor], states: Mapping[Tensor, State]) -> list[Tensor] | None:
         """As `onebit.optim.moments.dead_masks` of the whole variances; collective inside the node."""
         return masks_if_any(self.whole(params, [states[p]["exp_avg_sq"] == 0 for p in params]))
@@ -135,7 +153,7 @@ class Draft:
     ) -> None:
         self._slices = slices
         self._whole_params = list(params)
-        self._whole: list[Tensor] = []
+        self._rows: list[SliceRow] = []
         self.params = slices.cut(params, params)
         self.states: list[dict[str, Any]] = []
         for p, piece in zip(params, self.params, strict=True):
@@ -147,12 +165,11 @@ class Draft:
 
     def share(self) -> None:
         """Get the other slices of the parameters from the ranks of the node; collective among them."""
-        self._whole = self._slices.whole(self._whole_params, self.params)
+        self._rows = self._slices.exchange(self._whole_params, self.params)
 
     def adopt(self, states: MutableMapping[Tensor, Any]) -> None:
         """Make the step: parameters and states become those of the draft."""
-        if self._whole:
-            torch._foreach_copy_(self._whole_params, self._whole)
+        self._slices.write(self._rows, self._whole_params)
         for p, drafted in zip(self._whole_params, self.states, strict=True):
             state = states[p]
             for key, value in drafted.items():

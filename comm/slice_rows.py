@@ -1,0 +1,93 @@
+"""What the ranks of a node give each other of one bucket: every rank its runs of some tensors, in their dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from onebit.comm.backend import Backend
+from onebit.comm.scatter import Span
+from onebit.comm.stats import Stats
+from onebit.compress.layout import align
+
+
+class SliceRow:
+    """This rank's runs, to be filled in and exchanged; then those of all ranks, to be written to tensors.
+
+    Args:
+        runs: of every rank, as spans of a list of tensors.
+        like: by number in that list, tensors of the device and the dtypes that are wanted; the same numbers on every
+            rank.
+        inside: the ranks of the node.
+        stats: counts what is sent.
+    """
+
+    def __init__(
+        self, runs: Sequence[Sequence[Span]], like: Mapping[int, Tensor], inside: Backend, stats: Stats
+    ) -> None:
+        self._inside = inside
+        self._stats = stats
+        self._dtypes = {number: tensor.dtype for number, tensor in like.items()}
+        self._device = next((tensor.device for tensor in like.values()), None)
+        self._runs = [[span for span in spans if span[0] in like] for spans in runs]
+        self._places = [_places(spans, self._dtypes) for spans in self._runs]
+        self._size = max(end for _, end in self._places)
+        self._sent: Tensor | None = None
+        self._came: Tensor | None = None
+
+    def fill(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Copy this rank's runs, 1-D tensors of their dtypes; returns the copies, to be written until `exchange`.
+
+        Each starts on 16 bytes.
+        """
+        self._sent = torch.empty(self._size, dtype=torch.uint8, device=self._device)
+        mine = self._views(self._sent, self._inside.rank)
+        _copy(mine, pieces)
+        return mine
+
+    def exchange(self) -> None:
+        """Give the others what was filled in, which is let go, and get theirs; collective.
+
+        Raises:
+            TransportError: a peer is dead or too slow.
+        """
+        sent, self._sent = self._sent, None
+        assert sent is not None
+        if self._size:
+            self._came = torch.empty(self._inside.size * self._size, dtype=torch.uint8, device=self._device)
+            with self._stats.stage("gather_slices", self._inside, local=True):
+                self._inside.all_gather(self._came, sent).wait()
+
+    def write(self, out: Mapping[int, Tensor]) -> None:
+        """After `exchange`: write the runs of all ranks to flat contiguous tensors, by number in the list."""
+        if self._came is None:
+            return
+        for rank, row in enumerate(self._came.view(-1, self._size)):
+            targets = [out[tensor][offset : offset + numel] for tensor, offset, numel in self._runs[rank]]
+            _copy(targets, self._views(row, rank))
+
+    def _views(self, row: Tensor, rank: int) -> list[Tensor]:
+        """A rank's runs in a row of bytes, with their dtypes."""
+        starts, _ = self._places[rank]
+        dtypes = [self._dtypes[tensor] for tensor, _, _ in self._runs[rank]]
+        numels = [numel for _, _, numel in self._runs[rank]]
+        return [
+            row[start : start + numel * dtype.itemsize].view(dtype)
+            for start, numel, dtype in zip(starts, numels, dtypes, strict=True)
+        ]
+
+
+def _places(spans: Sequence[Span], dtypes: Mapping[int, torch.dtype]) -> tuple[list[int], int]:
+    """The byte at which each run starts in what its rank sends, and where the last one ends."""
+    places, end = [], 0
+    for tensor, _, numel in spans:
+        places.append(end)
+        end = align(end + numel * dtypes[tensor].itemsize)
+    return places, end
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
