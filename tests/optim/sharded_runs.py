@@ -20,6 +20,7 @@ from tests.optim.samples import SHAPES, Gradients, all_params, gradients, parame
 # Some tensors in several buckets and slices, and slices without anything of a tensor.
 ALL_SHAPES = (*SHAPES, ((70, 50), "rows"), ((40, 3, 5, 2), "channels_last"), ((2001,), "rows"))
 CODEC = SignCodec(block_size=32)
+UNFUSED = SignCodec(block_size=32, kernels="reference")  # the same payloads, and steps by torch's operations
 SMALL_BUCKET = 0.004  # MiB
 STEPS = 9
 
@@ -41,6 +42,14 @@ def some_bad(params: Sequence[Tensor], rank: int, number: int) -> Gradients:
     return made
 
 
+def some_dead(params: Sequence[Tensor], rank: int, number: int) -> Gradients:
+    """Every third number is 0 until step 4, so that some entries have no variance before the refresh that follows."""
+    made = gradients(params, rank, number)
+    for g in made if number < 4 else ():
+        g.view(-1)[::3] = 0.0  # type: ignore[union-attr]
+    return made
+
+
 # Options, dtype and gradients.
 RUNS: dict[str, tuple[Mapping[str, Any], torch.dtype, Given]] = {
     "plain": ({}, torch.float32, gradients),
@@ -49,6 +58,12 @@ RUNS: dict[str, tuple[Mapping[str, Any], torch.dtype, Given]] = {
     "not finite": ({"check_every": 2}, torch.float32, some_bad),
     "bf16": ({}, torch.bfloat16, gradients),
     "bf16 with masters": ({"master_weights": True, "check_every": 1}, torch.bfloat16, patchy),
+    "fp16 with masters, dead entries": (
+        {"master_weights": True, "variance_refresh": 3, "variance_floor": 0},
+        torch.float16,
+        some_dead,
+    ),
+    "bf16, decay in the gradient": ({"adamw_mode": False, "weight_decay": 0.1}, torch.bfloat16, patchy),
     "decay in the gradient": ({"adamw_mode": False, "weight_decay": 0.1}, torch.float32, gradients),
     "maximize, no correction": ({"maximize": True, "bias_correction": False}, torch.float32, gradients),
     "automatic freeze": ({"freeze_step": "auto", "betas": (0.9, 0.5)}, torch.float32, gradients),

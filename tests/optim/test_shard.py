@@ -11,23 +11,24 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Backend, InputError, MismatchError, TransportError, run_threads
-from onebit.compress import Int8Codec, SignCodec
+from onebit.comm.slice_rows import SliceRow
+from onebit.compress import Codec, Int8Codec, SignCodec
 from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam
-from onebit.optim.slices import Draft
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import bits, state_bits
 from tests.optim.samples import all_params, gradients, parameters, step
-from tests.optim.sharded_runs import ALL_SHAPES, RUNS, STEPS, advance, make, train, whole
+from tests.optim.sharded_runs import ALL_SHAPES, CODEC, RUNS, STEPS, UNFUSED, advance, make, train, whole
 
 # Ranks, and how many of them are a node; with one node nothing is compressed.
 NODES = [(run, 4, 2) for run in RUNS]
 NODES += [(run, size, 3) for run in ("refreshed, first gradients late", "bf16 with masters") for size in (3, 6)]
 
 
-def both(run: str, size: int, **options: Any) -> None:
-    """The same run with the state whole and in slices: the same bits after every step, on every rank."""
-    expected, got = (run_threads(size, train, run, shard, options) for shard in (False, True))
-    assert_same(expected, got)
+def both(run: str, size: int, *codecs: Codec, **options: Any) -> None:
+    """The same run with the state whole, and in slices with all these codecs: the same bits after every step."""
+    expected = run_threads(size, train, run, False, {**options, "codec": codecs[0]})
+    for codec in codecs:
+        assert_same(expected, run_threads(size, train, run, True, {**options, "codec": codec}))
 
 
 def assert_same(expected: list[Any], got: list[Any]) -> None:
@@ -45,7 +46,47 @@ def only(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("run", "size", "node"), NODES)
 def test_steps_and_state_are_those_of_a_replicated_run(run: str, size: int, node: int) -> None:
-    both(run, size, local_group=node)
+    """By fused kernels and by torch's operations."""
+    both(run, size, CODEC, UNFUSED, local_group=node)
+
+
+@pytest.mark.parametrize(
+    ("codec", "size", "node", "kernels"),
+    [(CODEC, 4, 2, "cpu"), (UNFUSED, 4, 2, "torch"), (Int8Codec(block_size=64), 4, 2, "torch"), (CODEC, 3, 3, "torch")],
+)
+def test_what_makes_steps_is_told_and_momentum_stays_packed_between_nodes(
+    codec: Codec, size: int, node: int, kernels: str
+) -> None:
+    def told(backend: Backend) -> None:
+        optimizer = make(backend, shard=True, codec=codec, local_group=node)
+        advance(optimizer, backend.rank, 0, 4)
+        assert optimizer.kernels == kernels
+        in_one_node, dense = node == size, optimizer.param_groups[1]["params"]
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                assert ("exp_avg" in optimizer.state[p]) == (in_one_node or group["params"] is dense)
+        assert all("exp_avg" in state for state in optimizer.state_dict()["state"].values())
+
+    run_threads(size, told)
+
+
+def test_kernels_that_change_between_steps_change_nothing() -> None:
+    """A state goes from fused steps to unfused ones and back, with the momentum as each of them keeps it."""
+
+    def change(backend: Backend, codecs: tuple[Codec, ...]) -> list[list[bytes]]:
+        optimizer, seen = make(backend, shard=True), []
+        for number in range(STEPS):
+            before = optimizer
+            if len(codecs) > 1:
+                optimizer = make(backend, shard=True, codec=codecs[number % len(codecs)])
+                optimizer.load_state_dict(copy.deepcopy(before.state_dict()))
+                with torch.no_grad():
+                    for p, value in zip(all_params(optimizer), all_params(before), strict=True):
+                        p.copy_(value)
+            seen += advance(optimizer, backend.rank, number, number + 1)
+        return seen
+
+    assert run_threads(4, change, (UNFUSED, CODEC)) == run_threads(4, change, (CODEC,))
 
 
 def with_backward(backend: Backend, shard: bool) -> list[list[bytes]]:
@@ -70,7 +111,7 @@ def test_exchanges_that_start_during_backward_change_nothing() -> None:
 
 
 def test_any_codec_with_blocks_does() -> None:
-    both("plain", 4, codec=Int8Codec(block_size=64))
+    both("plain", 4, Int8Codec(block_size=64))
 
 
 def test_over_gloo_processes_with_another_size_of_buckets() -> None:
@@ -161,25 +202,34 @@ def test_ranks_that_differ_in_it_are_told() -> None:
     run_threads(4, disagree)
 
 
+@pytest.mark.parametrize("codec", [CODEC, UNFUSED], ids=["fused", "unfused"])
 @pytest.mark.parametrize("number", [1, 3, 5])
+@pytest.mark.parametrize("from_last", [0, 1])
 def test_a_step_that_fails_while_slices_are_shared_changes_nothing(
-    number: int, monkeypatch: pytest.MonkeyPatch
+    from_last: int, number: int, codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Step 1 is one of warm-up, step 3 the first compressed one; the first of three groups has its slices already."""
-    share = Draft.share
-    left: dict[int, int] = {}  # by thread, the calls until one fails
+    """Step 1 is one of warm-up, step 3 the first compressed one; two of three groups have their slices already."""
+    exchange = SliceRow.exchange
+    left: dict[int, int] = {}  # by thread, the calls until one fails; below 0, minus the calls so far
 
-    def fails(draft: Draft) -> None:
+    def fails(row: SliceRow) -> None:
         left[threading.get_ident()] = calls = left.get(threading.get_ident(), 0) - 1
         if calls == 0:
             raise TransportError(0, "all_gather", 1.0, "as if a rank of the node were dead")
-        share(draft)
+        exchange(row)
 
-    def fail(backend: Backend) -> None:
-        optimizer = make(backend, shard=True)
+    def count(backend: Backend) -> int:
+        optimizer = make(backend, shard=True, codec=codec)
+        advance(optimizer, backend.rank, 0, number)
+        left[threading.get_ident()] = 0
+        advance(optimizer, backend.rank, number, number + 1)
+        return -left[threading.get_ident()]
+
+    def fail(backend: Backend, calls: int) -> None:
+        optimizer = make(backend, shard=True, codec=codec)
         advance(optimizer, backend.rank, 0, number)
         params, state = bits(all_params(optimizer)), copy.deepcopy(optimizer.state_dict())
-        left[threading.get_ident()] = 2
+        left[threading.get_ident()] = calls - from_last
         with pytest.raises(TransportError, match="as if a rank of the node were dead"):
             step(optimizer, gradients(all_params(optimizer), backend.rank, number))
         assert bits(all_params(optimizer)) == params
@@ -190,7 +240,9 @@ def test_a_step_that_fails_while_slices_are_shared_changes_nothing(
             for key in {"worker", "server"} & other.keys():
                 # It is worked out again from what was sent: to within rounding of numbers of about 10.
                 torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-5)
+        left[threading.get_ident()] = 0
         advance(optimizer, backend.rank, number, number + 2)  # the transport here was sound
 
-    monkeypatch.setattr(Draft, "share", fails)
-    run_threads(4, fail)
+    monkeypatch.setattr(SliceRow, "exchange", fails)
+    (calls,) = set(run_threads(4, count))
+    run_threads(4, fail, calls)
