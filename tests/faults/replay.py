@@ -152,8 +152,15 @@ class Replay:
         """Start what brought the next tensor of the tape, or a comparison of facts."""
         self._under_way.append(output)
         self.event()
-        comes = inputs[0].repeat(backend.size) if _compares(inputs) else self._coming.tensors.pop(0)
+        comes = inputs[0].repeat(backend.size) if _compares(inputs) else self._next(output.numel())
         return _Replayed(self, output, comes)
+
+    def _next(self, numel: int) -> Tensor:
+        """The next tensor of this size: what a first attempt has asked for once and for all is not asked for again."""
+        tensors = self._coming.tensors
+        while tensors[0].numel() != numel:
+            tensors.pop(0)
+        return tensors.pop(0)
 
     def take(self, output: Tensor, comes: Tensor) -> None:
         """Write what has come."""

@@ -1,4 +1,4 @@
-"""On GPUs state in slices makes the steps of a replicated run, bit for bit, over NCCL, also on streams of its own."""
+"""On GPUs state in slices makes the steps of a replicated run, bit for bit, over NCCL, fused, unfused and overlapped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Backend
+from onebit.compress import SignCodec
 from onebit.optim import OnebitAdam, checkpoint
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import bits, normal
@@ -60,27 +61,30 @@ def train(backend: Backend, node: int, dtype: torch.dtype, folder: Any = None, *
                 for p, saved in zip(params, checkpoint.load(folder, optimizer)["params"], strict=True):
                     p.copy_(saved)
     assert optimizer.skipped_steps == 0
+    fused = "codec" not in options and backend.size > node  # one node sums plainly
+    assert optimizer.kernels == ("gpu" if fused else "torch"), optimizer.kernels
     return seen
 
 
 def compare(backend: Backend, node: int, folder: Any) -> list[str]:
     """Everything that is not as in a replicated run; all of it, for runs on these machines are few."""
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        expected = train(backend, node, dtype, shard=False)
-        runs: dict[str, dict[str, Any]] = {
-            "in slices": {},
-            "in one bucket": {"bucket_mb": None},
-            "overlapped": {"overlap": True},
-            "resumed": {"folder": folder / str(dtype)},
-        }
+    coupled = {"adamw_mode": False, "weight_decay": 0.1, "master_weights": False}
+    for dtype, chosen in ((torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, coupled), (torch.float16, {})):
+        expected = train(backend, node, dtype, shard=False, **chosen)
+        runs: dict[str, dict[str, Any]] = {"in slices": {}, "in one bucket": {"bucket_mb": None}}
+        if not chosen and dtype != torch.float16:
+            runs["overlapped"] = {"overlap": True}
+            runs["resumed"] = {"folder": folder / str(dtype)}
+            runs["unfused"] = {"codec": SignCodec(kernels="reference")}
         for what, options in runs.items():
+            case = f"{what}, {dtype}, {chosen}"
             try:
-                got = train(backend, node, dtype, shard=True, **options)
+                got = train(backend, node, dtype, shard=True, **chosen, **options)
             except Exception as error:  # the others are wanted as well, and all ranks come here or none
-                found.append(f"{what}, {dtype}: {type(error).__name__}: {error}")
+                found.append(f"{case}: {type(error).__name__}: {error}")
                 continue
-            found += differing(f"{what}, {dtype}", expected, got)
+            found += differing(case, expected, got)
     return found
 
 
@@ -122,3 +126,31 @@ def test_less_memory_is_held_on_the_device() -> None:
         # 4 bytes of moments in warm-up; 6 after it: half of the variance, and the momentum as signs (11 - 5.1).
         assert saved[0] > 3.8, f"rank {rank}: {saved} bytes per parameter less, of {whole} and {sliced} in all"
         assert saved[1] > 5.6, f"rank {rank}: {saved} bytes per parameter less, of {whole} and {sliced} in all"
+
+
+def peaks(backend: Backend, node: int) -> dict[str, float]:
+    """Bytes per parameter that a compressed step takes while it lasts, by fused kernels and by torch's operations."""
+    measured = {}
+    for name, codec in (("gpu", SignCodec()), ("torch", SignCodec(kernels="reference"))):
+        params = [torch.nn.Parameter(torch.ones(1 << 22, device="cuda"))]
+        optimizer = OnebitAdam(params, freeze_step=1, backend=backend, local_group=node, shard=True, codec=codec)
+        for number in range(4):
+            params[0].grad = torch.full_like(params[0], number - 0.5)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            optimizer.step()
+            torch.cuda.synchronize()
+            measured[name] = (torch.cuda.max_memory_allocated() - before) / params[0].numel()
+        assert optimizer.kernels == name
+        del optimizer, params
+        gc.collect()
+    return measured
+
+
+def test_a_fused_step_makes_no_momentum_in_fp32_on_the_device() -> None:
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs four CUDA devices")
+    for rank, measured in enumerate(run_ranks("nccl", 4, peaks, 2, timeout=300.0)):
+        # Moved parameters of this rank's slice, 2, and of the node, 4; all are one bucket.
+        assert measured["gpu"] < 6.5 < measured["torch"], f"rank {rank}: bytes per parameter {measured}"

@@ -1,4 +1,4 @@
-"""What docs/choosing.md says of the bytes of state per parameter is what ranks hold."""
+"""What docs/choosing.md says of the bytes of state per parameter, and of a step, is what ranks hold."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch.nn import Parameter
 from onebit.comm import Backend, run_threads
 from onebit.optim import OnebitAdam
 from onebit.optim.sharding import Sharding
+from tests.comm.launcher import run_ranks
+from tests.optim.peak_memory import PeakMemory
 from tests.optim.samples import step
 
 PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
@@ -62,3 +64,51 @@ def test_ranks_hold_what_the_table_says(ranks: int, node: int, shard: bool, warm
         mean = sum(m[index] for m in measured) / ranks
         assert mean == pytest.approx(said, rel=0.02 if ranks < 16 else 0.05)
         assert max(m[index] for m in measured) <= said * 1.06 + 0.01
+
+
+STEPS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "bf16, fp32 masters": (torch.bfloat16, True)}
+
+
+def of_steps() -> dict[str, tuple[float, float]]:
+    """Bytes that a step takes while it lasts, by fused kernels and by torch's operations."""
+    row = re.compile(rf"\| ({'|'.join(STEPS)}) \| ([\d.]+) \| ([\d.]+) \|")
+    return {kind: (float(fused), float(unfused)) for kind, fused, unfused in row.findall(PAGE.read_text())}
+
+
+def peaks(backend: Backend) -> dict[str, tuple[float, float]]:
+    """The same of this rank, measured; in buckets of a few thousand parameters, so that one of them hardly counts."""
+    measured = {}
+    for name, (dtype, masters) in STEPS.items():
+        made = []
+        for fused in (True, False):
+            params = [Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
+            optimizer = OnebitAdam(
+                params,
+                freeze_step=1,
+                master_weights=masters,
+                backend=backend,
+                local_group=2,
+                shard=True,
+                bucket_mb=0.04,
+            )
+            if not fused:
+                optimizer._step_kernels = lambda device: None  # type: ignore[method-assign, assignment]
+            for number in range(4):
+                for p in params:
+                    p.grad = torch.full_like(p, number - 0.5)
+                with PeakMemory() as memory:
+                    optimizer.step()
+            assert optimizer.kernels == ("cpu" if fused else "torch")
+            made.append(memory.most / sum(p.numel() for p in params))
+        measured[name] = (made[0], made[1])
+    return measured
+
+
+def test_a_step_takes_the_memory_that_the_page_says() -> None:
+    """Of processes that share memory, for others copy what travels."""
+    said = of_steps()
+    assert said.keys() == STEPS.keys()
+    for measured in run_ranks("gloo", 4, peaks):
+        for kind, bytes_said in said.items():
+            # A rank's share of the last bucket may be all of it or nothing.
+            assert measured[kind] == pytest.approx(bytes_said, rel=0.05), kind
