@@ -1,4 +1,4 @@
-"""On GPUs state in slices makes the steps of a replicated run, bit for bit, over NCCL, fused, unfused and overlapped."""
+"""On GPUs state in slices makes the steps of a replicated run, bit for bit, over NCCL, fused, unfused, overlapped."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def peaks(backend: Backend) -> dict[str, tuple[float, float]]:
                 bucket_mb=0.04,
             )
             if not fused:
-                optimizer._step_kernels = lambda device: None  # type: ignore[method-assign, assignment]
+                optimizer._step_kernels = lambda device: None  # type: ignore[method-assign]
             for number in range(4):
                 for p in params:
                     p.grad = torch.full_like(p, number - 0.5)
