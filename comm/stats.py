@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from weakref import WeakMethod
 
 from onebit.comm.backend import Backend
 
@@ -54,7 +55,7 @@ class Stats:
 
         Args:
             backend: what carries what is sent in the block.
-            on_failure: called when the block ends with an exception.
+            on_failure: a method, called when the block ends with an exception; it is not kept alive.
             local: what is sent stays inside a node.
         """
         return Stage(self, name, backend, on_failure, local)
@@ -69,7 +70,7 @@ class Stage:
         self._stats = stats
         self._name = name
         self._traffic = backend.traffic
-        self._on_failure = on_failure
+        self._on_failure = None if on_failure is None else WeakMethod(on_failure)  # whose it is may have this stage
         self._local = local
 
     def __enter__(self) -> None:
@@ -85,8 +86,9 @@ class Stage:
         self._stats.wire_bytes += sent
         if self._local:
             self._stats.local_bytes += sent
-        if self._on_failure is not None and error is not None:
-            self._on_failure()
+        on_failure = self._on_failure() if error is not None and self._on_failure is not None else None
+        if on_failure is not None:
+            on_failure()
 
 
 def fp32_bytes(numel: int, world_size: int) -> int:

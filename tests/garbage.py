@@ -1,0 +1,26 @@
+"""What is left to the garbage collector, where it should have been freed when it was dropped."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+
+@contextmanager
+def tensors_left_to_the_collector() -> Iterator[list[Tensor]]:
+    """Give a list that has, after the `with` block, the tensors that the block dropped and that were not freed."""
+    left: list[Tensor] = []
+    gc.collect()
+    gc.disable()
+    try:
+        yield left
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left += [found for found in gc.garbage if issubclass(type(found), Tensor)]  # not isinstance, which asks proxies
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
