@@ -22,10 +22,20 @@ class SliceRow:
             rank.
         inside: the ranks of the node.
         stats: counts what is sent.
+        memory: (ranks, size) uint8 that the ranks share, where each fills its row and reads those of the others; None:
+            rows are sent to all. It may be filled again when all ranks are known to have written what was there.
+
+    Attributes:
+        size: bytes of a row.
     """
 
     def __init__(
-        self, runs: Sequence[Sequence[Span]], like: Mapping[int, Tensor], inside: Backend, stats: Stats
+        self,
+        runs: Sequence[Sequence[Span]],
+        like: Mapping[int, Tensor],
+        inside: Backend,
+        stats: Stats,
+        memory: Tensor | None = None,
     ) -> None:
         self._inside = inside
         self._stats = stats
@@ -33,7 +43,8 @@ class SliceRow:
         self._device = next((tensor.device for tensor in like.values()), None)
         self._runs = [[span for span in spans if span[0] in like] for spans in runs]
         self._places = [_places(spans, self._dtypes) for spans in self._runs]
-        self._size = max(end for _, end in self._places)
+        self.size = max(end for _, end in self._places)
+        self._memory = memory
         self._sent: Tensor | None = None
         self._came: Tensor | None = None
 
@@ -42,8 +53,12 @@ class SliceRow:
 
         Each starts on 16 bytes.
         """
-        self._sent = torch.empty(self._size, dtype=torch.uint8, device=self._device)
-        mine = self._views(self._sent, self._inside.rank)
+        rank = self._inside.rank
+        if self._memory is None:
+            self._sent = torch.empty(self.size, dtype=torch.uint8, device=self._device)
+        else:
+            self._sent = self._memory[rank]
+        mine = self._views(self._sent, rank)
         _copy(mine, pieces)
         return mine
 
@@ -55,18 +70,28 @@ class SliceRow:
         """
         sent, self._sent = self._sent, None
         assert sent is not None
-        if self._size:
-            self._came = torch.empty(self._inside.size * self._size, dtype=torch.uint8, device=self._device)
-            with self._stats.stage("gather_slices", self._inside, local=True):
-                self._inside.all_gather(self._came, sent).wait()
+        if not self.size:
+            return
+        with self._stats.stage("gather_slices", self._inside, local=True):
+            if self._memory is None:
+                self._came = self._gathered(sent)
+            else:
+                self._gathered(torch.zeros(1, dtype=torch.uint8))  # it is there
+                self._came = self._memory
 
     def write(self, out: Mapping[int, Tensor]) -> None:
         """After `exchange`: write the runs of all ranks to flat contiguous tensors, by number in the list."""
         if self._came is None:
             return
-        for rank, row in enumerate(self._came.view(-1, self._size)):
+        for rank, row in enumerate(self._came):
             targets = [out[tensor][offset : offset + numel] for tensor, offset, numel in self._runs[rank]]
             _copy(targets, self._views(row, rank))
+
+    def _gathered(self, sent: Tensor) -> Tensor:
+        """(ranks, bytes), what every rank sends."""
+        came = torch.empty(self._inside.size * sent.numel(), dtype=torch.uint8, device=sent.device)
+        self._inside.all_gather(came, sent).wait()
+        return came.view(self._inside.size, -1)
 
     def _views(self, row: Tensor, rank: int) -> list[Tensor]:
         """A rank's runs in a row of bytes, with their dtypes."""

@@ -14,6 +14,7 @@ from onebit.comm.levels import Levels
 from onebit.comm.part import Part
 from onebit.comm.planned import plan_buckets
 from onebit.comm.scatter import Span
+from onebit.comm.shared_memory import share_memory
 from onebit.comm.slice_rows import SliceRow
 from onebit.comm.stats import Stats
 from onebit.comm.two_level import TwoLevelPart
@@ -106,13 +107,26 @@ class Slices:
                 part.decode(operators, runs)
         return slices
 
-    def rows(self, like: Mapping[int, Tensor]) -> Iterator[SliceRow]:
+    def rows(self, like: Mapping[int, Tensor], memory: Sequence[Tensor] | None = None) -> Iterator[SliceRow]:
         """Per bucket what the ranks of the node are to give each other of some tensors.
 
         Args:
             like: by number in the list, tensors of the same device and dtypes; the same numbers on every rank.
+            memory: what `share_rows` has given for such tensors.
         """
-        return (SliceRow(bucket, like, self._inside, self._stats) for bucket in self._buckets)
+        shared = [None] * len(self._buckets) if memory is None else memory
+        buckets = zip(self._buckets, shared, strict=True)
+        return (SliceRow(bucket, like, self._inside, self._stats, rows) for bucket, rows in buckets)
+
+    def share_rows(self, like: Mapping[int, Tensor]) -> list[Tensor] | None:
+        """Memory for `rows` that the ranks of the node share, all of them processes; None: they cannot; collective.
+
+        Raises:
+            TransportError: a rank did not take part within the timeout.
+        """
+        sizes = [row.size for row in self.rows(like)]
+        memory = share_memory(self._inside, sum(sizes), 0)
+        return None if memory is None else list(torch.split(memory.rows, sizes, dim=1))
 
     def exchange(self, mine: Mapping[int, Tensor]) -> Iterator[SliceRow]:
         """Per bucket what all ranks of the node have given of some tensors; collective among them as it is asked for.

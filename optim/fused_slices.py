@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import CompressedAllreduce, Part
+from onebit.comm.shared_node import SHARED
 from onebit.comm.slice_rows import SliceRow
 from onebit.optim.fused import FusedMomentum, FusedStep, States, of_part, row_major
 from onebit.optim.kernels import Momentum, StepKernels
@@ -25,11 +26,16 @@ class SlicedMomentum(FusedMomentum):
         kernels: what makes the node's mean, and updates.
         reduce: the average of the momenta, on two levels.
         slices: of the parameters whose momenta they are.
+
+    Attributes:
+        memory: where the ranks of the node find each other's moved slices, if they share memory; kept between steps.
     """
 
     def __init__(self, kernels: StepKernels, reduce: CompressedAllreduce, slices: GroupSlices) -> None:
         super().__init__(kernels, reduce)
         self.slices = slices
+        shares = reduce.local_transport == SHARED
+        self.memory = slices.dealt.share_rows(dict(enumerate(slices.params))) if shares else None
 
     def _kind_of_step(self, settles: bool) -> type[FusedStep]:
         return SlicedStep  # the host decides: ranks need each other once more in a step that is to be made
@@ -66,7 +72,7 @@ class SlicedStep(FusedStep):
         with average.reduce.stats.stage("update", average.reduce.backend):
             self._count_in(average.steps.clone(), None)
             self._masters = self._new_masters()
-            self._moved = list(average.slices.dealt.rows(dict(enumerate(self._params))))
+            self._moved = list(average.slices.dealt.rows(dict(enumerate(self._params)), average.memory))
             self._move_slices()
         for row in self._moved:
             row.exchange()

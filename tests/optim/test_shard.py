@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from onebit.comm import Backend, InputError, MismatchError, TransportError, run_
 from onebit.comm.slice_rows import SliceRow
 from onebit.compress import Codec, Int8Codec, SignCodec
 from onebit.optim import OnebitAdam, OnebitLamb, ZeroOneAdam
+from onebit.optim.slices import GroupSlices
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import bits, state_bits
 from tests.optim.samples import all_params, gradients, parameters, step
@@ -114,9 +116,21 @@ def test_any_codec_with_blocks_does() -> None:
     both("plain", 4, Int8Codec(block_size=64))
 
 
+def train_with_a_slow_rank(backend: Backend, run: str, options: dict[str, Any]) -> Any:
+    """Rank 1 reads what others have moved, in memory that they share, when these have gone on as far as they can."""
+    write = GroupSlices.write
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.05 * (backend.rank == 1))
+        write(*arguments)
+
+    GroupSlices.write = late  # type: ignore[method-assign]  # a process of its own
+    return train(backend, run, True, options)
+
+
 def test_over_gloo_processes_with_another_size_of_buckets() -> None:
     expected = run_threads(4, train, "refreshed, first gradients late", False, {})
-    got = run_ranks("gloo", 4, train, "refreshed, first gradients late", True, {"bucket_mb": 1.0})
+    got = run_ranks("gloo", 4, train_with_a_slow_rank, "refreshed, first gradients late", {"bucket_mb": 1.0})
     assert [params for params, _, _ in got] == [params for params, _, _ in expected]
     entries = [[one["state"] for one in whole([state for _, state, _ in seen])] for seen in (expected, got)]
     assert entries[0] == entries[1]

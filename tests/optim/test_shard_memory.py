@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from onebit.comm import Backend, run_threads
 from onebit.optim import OnebitAdam
+from onebit.optim.fused_slices import SlicedMomentum
 from onebit.optim.sharding import Sharding
 from tests.comm.launcher import run_ranks
 from tests.optim.peak_memory import PeakMemory
@@ -69,46 +70,47 @@ def test_ranks_hold_what_the_table_says(ranks: int, node: int, shard: bool, warm
 STEPS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "bf16, fp32 masters": (torch.bfloat16, True)}
 
 
-def of_steps() -> dict[str, tuple[float, float]]:
-    """Bytes that a step takes while it lasts, by fused kernels and by torch's operations."""
-    row = re.compile(rf"\| ({'|'.join(STEPS)}) \| ([\d.]+) \| ([\d.]+) \|")
-    return {kind: (float(fused), float(unfused)) for kind, fused, unfused in row.findall(PAGE.read_text())}
+def of_steps() -> dict[str, list[float]]:
+    """What a rank keeps in shared memory, and what a step takes then, and without it, and by torch's operations."""
+    row = re.compile(rf"\| ({'|'.join(STEPS)}) \|((?: [\d.]+ \|){{4}})")
+    return {kind: [float(cell) for cell in cells.split("|")[:-1]] for kind, cells in row.findall(PAGE.read_text())}
 
 
-def peaks(backend: Backend) -> dict[str, tuple[float, float]]:
+def peaks(backend: Backend) -> dict[str, list[float]]:
     """The same of this rank, measured; in buckets of a few thousand parameters, so that one of them hardly counts."""
-    measured = {}
-    for name, (dtype, masters) in STEPS.items():
-        made = []
-        for fused in (True, False):
-            params = [Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
-            optimizer = OnebitAdam(
-                params,
-                freeze_step=1,
-                master_weights=masters,
-                backend=backend,
-                local_group=2,
-                shard=True,
-                bucket_mb=0.04,
-            )
-            if not fused:
-                optimizer._step_kernels = lambda device: None  # type: ignore[method-assign]
-            for number in range(4):
-                for p in params:
-                    p.grad = torch.full_like(p, number - 0.5)
-                with PeakMemory() as memory:
-                    optimizer.step()
-            assert optimizer.kernels == ("cpu" if fused else "torch")
-            made.append(memory.most / sum(p.numel() for p in params))
-        measured[name] = (made[0], made[1])
-    return measured
+    return {kind: _peaks(backend, *options) for kind, options in STEPS.items()}
+
+
+def _peaks(backend: Backend, dtype: torch.dtype, masters: bool) -> list[float]:
+    made = []
+    for how in ("shared", "sent", "torch"):
+        params = [Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
+        optimizer = OnebitAdam(
+            params, master_weights=masters, backend=backend, freeze_step=1, bucket_mb=0.04, local_group=2, shard=True
+        )
+        if how == "torch":
+            optimizer._step_kernels = lambda device: None  # type: ignore[method-assign]
+        for number in range(4):
+            for p in params:
+                p.grad = torch.full_like(p, number - 0.5)
+            with PeakMemory() as memory:
+                optimizer.step()
+            for fused in optimizer._fused.values():
+                assert isinstance(fused, SlicedMomentum)
+                if how == "shared":
+                    assert fused.memory is not None
+                    made[:] = [sum(rows[0].numel() for rows in fused.memory)]
+                fused.memory = fused.memory if how == "shared" else None
+        assert optimizer.kernels == ("torch" if how == "torch" else "cpu")
+        made.append(memory.most)
+    return [number / sum(p.numel() for p in params) for number in made]
 
 
 def test_a_step_takes_the_memory_that_the_page_says() -> None:
-    """Of processes that share memory, for others copy what travels."""
+    """Of processes, which share memory where they may."""
     said = of_steps()
     assert said.keys() == STEPS.keys()
     for measured in run_ranks("gloo", 4, peaks):
         for kind, bytes_said in said.items():
-            # A rank's share of the last bucket may be all of it or nothing.
-            assert measured[kind] == pytest.approx(bytes_said, rel=0.05), kind
+            # Slices of a bucket differ by what is padding in the last one, and what is said has one digit.
+            assert measured[kind] == pytest.approx(bytes_said, rel=0.05, abs=0.05), kind
