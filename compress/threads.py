@@ -22,16 +22,18 @@ _lock = threading.Lock()
 def num_threads() -> int:
     """The most threads that a CPU kernel of this process uses; fewer work on tensors that are not worth waking so many.
 
-    What `set_num_threads` or the variable ``ONEBIT_NUM_THREADS`` says; otherwise the cores this process may run on,
-    divided by the number of ranks on this machine as the launcher tells it (``LOCAL_WORLD_SIZE`` of torchrun and its
-    like in Open MPI, MPICH and Slurm), at least 1. ``OMP_NUM_THREADS`` is not looked at: torchrun sets it to 1.
+    What `set_num_threads` or the variable ``ONEBIT_NUM_THREADS`` says; otherwise the cores this process may run on.
+    Where it shares them, which the launcher tells (``LOCAL_WORLD_SIZE`` of torchrun and its like in Open MPI, MPICH and
+    Slurm), a rank takes its part of half of them, at least 1: transports have threads, too, and two cores that the
+    system counts are often one. ``OMP_NUM_THREADS`` is not looked at: torchrun sets it to 1.
     """
     if _chosen is not None:
         return _chosen
     wanted = os.environ.get("ONEBIT_NUM_THREADS")
     if wanted is not None:
         return _positive(wanted, "ONEBIT_NUM_THREADS")
-    return max(1, _cores() // local_world_size())
+    ranks = local_world_size()
+    return _cores() if ranks == 1 else max(1, _cores() // (2 * ranks))
 
 
 def set_num_threads(count: int | None) -> None:

@@ -20,7 +20,7 @@ from onebit.compress.launch_env import LAUNCHERS
 from onebit.compress.threads import FEW, share_out
 from tests.compress import samples
 
-CORES = 12
+CORES = 48
 real_affinity = getattr(os, "sched_getaffinity", None)  # the tests pretend to another
 
 needs_affinity = pytest.mark.skipif(real_affinity is None, reason="no affinity on this platform")
@@ -29,7 +29,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 
 @pytest.fixture(autouse=True)
 def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No launcher, no choice made, and a machine of twelve cores."""
+    """No launcher, no choice made, and a machine of 48 cores."""
     for launcher in LAUNCHERS:
         monkeypatch.delenv(launcher.world_size, raising=False)
         monkeypatch.delenv(launcher.local_world_size, raising=False)
@@ -46,18 +46,19 @@ def test_alone_a_rank_takes_the_cores_it_may_run_on() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
-        ("LOCAL_WORLD_SIZE", "4", 3),
-        ("LOCAL_WORLD_SIZE", "5", 2),
+        ("LOCAL_WORLD_SIZE", "4", 6),
+        ("LOCAL_WORLD_SIZE", "5", 4),
+        ("LOCAL_WORLD_SIZE", "1", CORES),
         ("LOCAL_WORLD_SIZE", "64", 1),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE", "3", 4),
-        ("MPI_LOCALNRANKS", "6", 2),
-        ("SLURM_STEP_TASKS_PER_NODE", "4(x2),3", 3),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "3", 8),
+        ("MPI_LOCALNRANKS", "6", 4),
+        ("SLURM_STEP_TASKS_PER_NODE", "4(x2),3", 6),
         ("LOCAL_WORLD_SIZE", "", CORES),
         ("LOCAL_WORLD_SIZE", "0", CORES),
         ("LOCAL_WORLD_SIZE", "many", CORES),
     ],
 )
-def test_ranks_of_a_machine_share_its_cores(
+def test_ranks_of_a_machine_share_half_of_its_cores(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: int
 ) -> None:
     monkeypatch.setenv(variable, value)
