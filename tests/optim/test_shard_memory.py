@@ -20,6 +20,8 @@ from tests.optim.samples import step
 
 PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
 SHAPES = ((200, 1000), (512,), (60, 1024), (3, 1000))
+BUCKET_MB = 0.04
+BUCKET = BUCKET_MB * 2**20 / sum(torch.Size(shape).numel() for shape in SHAPES)  # bytes per parameter
 
 
 def table() -> list[tuple[int, int, bool, float, float]]:
@@ -86,7 +88,7 @@ def _peaks(backend: Backend, dtype: torch.dtype, masters: bool) -> list[float]:
     for how in ("shared", "sent", "torch"):
         params = [Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
         optimizer = OnebitAdam(
-            params, master_weights=masters, backend=backend, freeze_step=1, bucket_mb=0.04, local_group=2, shard=True
+            params, master_weights=masters, backend=backend, freeze_step=1, bucket_mb=BUCKET_MB, local_group=2, shard=True
         )
         if how == "torch":
             optimizer._step_kernels = lambda device: None  # type: ignore[method-assign]
@@ -112,5 +114,8 @@ def test_a_step_takes_the_memory_that_the_page_says() -> None:
     assert said.keys() == STEPS.keys()
     for measured in run_ranks("gloo", 4, peaks):
         for kind, bytes_said in said.items():
-            # Slices of a bucket differ by what is padding in the last one, and what is said has one digit.
-            assert measured[kind] == pytest.approx(bytes_said, rel=0.05, abs=0.05), kind
+            # Slices of a bucket differ by what is padding in the last one, and what is said has one digit. A thread of
+            # the transport's may hold the buffer of a bucket a moment longer than it is needed.
+            for found, expected in zip(measured[kind], bytes_said, strict=True):
+                slack = 0.05 * expected + 0.05
+                assert expected - slack <= found <= expected + slack + BUCKET, (kind, measured[kind], bytes_said)
