@@ -16,6 +16,7 @@ from tests.compress import oracle
 KERNELS = tuple(name for name in IMPLEMENTATIONS if DEVICES.get(name, "cpu") == "cpu")
 BLOCK_SIZES = (32, 96, 1024, 2080, None)  # 96 and 2080 fill no whole number of rows of 128 lanes
 NUMELS = (1, 0, 31, 32, 33, 1024, 1025, 3000, 0, 96)
+LEFT_OVER = 0xA5  # what a buffer held before it was written
 
 HUGE = {torch.float32: 3e38, torch.bfloat16: 3e38, torch.float16: 65504.0}
 DENORMAL = {torch.float32: 1e-45, torch.bfloat16: 1e-39, torch.float16: 6e-8}
@@ -91,6 +92,15 @@ def as_bytes(x: Tensor) -> bytes:
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and as_bytes(a) == as_bytes(b)
+
+
+def assert_same_numbers(a: Tensor, b: Tensor) -> None:
+    """Bit for bit, -0.0 apart from 0.0, but one NaN is as good as another."""
+    assert a.dtype == b.dtype
+    assert torch.equal(a.isnan(), b.isnan())
+    words = torch.int32 if a.dtype == torch.float32 else torch.int16
+    zero = torch.zeros((), dtype=words)
+    assert torch.equal(torch.where(a.isnan(), zero, a.view(words)), torch.where(b.isnan(), zero, b.view(words)))
 
 
 def random_payloads(codec: SignCodec, layout: Layout, ranks: int, seed: int = 0) -> Tensor:

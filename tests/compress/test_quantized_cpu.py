@@ -21,8 +21,8 @@ from onebit.compress.quantizer import Format, Quantizer
 from tests.compress import oracle as signs
 from tests.compress import quantized_oracle as oracle
 from tests.compress import samples
+from tests.compress.samples import LEFT_OVER
 
-LEFT_OVER = 0xA5  # what a buffer held before it was written
 SEED = 0xDEADBEEF  # the top bit is set: seeds are unsigned
 BLOCK_SIZES = (32, 64, 96, 1024, 2080, 4096)
 ROTATED_SIZES = (32, 64, 128, 1024, 4096)  # every number of steps between vectors, and how they pair up
