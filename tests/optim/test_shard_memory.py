@@ -88,7 +88,13 @@ def _peaks(backend: Backend, dtype: torch.dtype, masters: bool) -> list[float]:
     for how in ("shared", "sent", "torch"):
         params = [Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
         optimizer = OnebitAdam(
-            params, master_weights=masters, backend=backend, freeze_step=1, bucket_mb=BUCKET_MB, local_group=2, shard=True
+            params,
+            master_weights=masters,
+            backend=backend,
+            freeze_step=1,
+            bucket_mb=BUCKET_MB,
+            local_group=2,
+            shard=True,
         )
         if how == "torch":
             optimizer._step_kernels = lambda device: None  # type: ignore[method-assign]
