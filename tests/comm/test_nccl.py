@@ -18,8 +18,8 @@ from onebit.comm.backend import SUMMABLE, Backend
 from onebit.comm.errors import BackendError
 from onebit.comm.registry import make_backend
 from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
+from tests.comm.known_bytes import DTYPES, as_bytes, as_tensor, blank, bytes_of, exchanged, gathered
 from tests.comm.launcher import run_ranks
-from tests.comm.test_backends import DTYPES, as_bytes, as_tensor, blank, bytes_of, exchanged, gathered
 from tests.comm.test_broadcast import DTYPES as BROADCAST_DTYPES
 from tests.comm.test_broadcast import Model, assert_same, check_models_on_cpu_and_cuda, content
 

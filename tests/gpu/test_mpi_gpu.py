@@ -11,8 +11,8 @@ from onebit.comm import Backend, CompressedAllreduce, DenseAllreduce, run_thread
 from onebit.comm.backend import SUMMABLE
 from onebit.comm.mpi_backend import MpiBackend
 from tests.comm.checks import Check, Failures, assert_passed, failures_of, short
+from tests.comm.known_bytes import DTYPES, as_bytes, as_tensor, blank, bytes_of, exchanged, gathered
 from tests.comm.launcher import needs_mpi, run_ranks
-from tests.comm.test_backends import DTYPES, as_bytes, as_tensor, blank, bytes_of, exchanged, gathered
 from tests.comm.test_broadcast import check_models_on_cpu_and_cuda
 
 NUMELS = (1, 5000, 300_001, 1024)
