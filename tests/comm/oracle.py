@@ -27,6 +27,15 @@ def dense_slack(ranks: Sequence[Sequence[Floats]]) -> list[Floats]:
     return [n * UNIT * np.sum(np.abs(np.stack(list(tensors))), axis=0) / n for tensors in zip(*ranks, strict=True)]
 
 
+# The longest sum is of a block of 1024, in rows of 128: 8 + 7 roundings. With what comes before and after it, encode
+# and reduce_encode together round fewer than 32 + n times, and a call may carry an old error on twice: in c and in the
+# scale that is taken from it. Errors do not conspire that far, so twice of what one call adds is allowed per call made.
+# A wrong sign, element or residual is off by a whole scale, thousands of times more.
+def tolerance(world_size: int, call: int, largest: float) -> float:
+    """How far a compressed average in fp32 may be from `CompressedMean` after some calls; no |x| is above `largest`."""
+    return 2 * (call + 1) * (32 + world_size) * UNIT * largest
+
+
 class CompressedMean:
     """All ranks of a two-phase compressed average with error feedback on both sides.
 

@@ -39,6 +39,7 @@ SPECS: tuple[tuple[tuple[int, ...], torch.dtype, str], ...] = (
     ((63,), torch.float32, "unaligned"),
 )
 NUMELS = [int(np.prod(shape)) for shape, _, _ in SPECS]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 SMALL_BUCKET = 2.0**-9  # MiB: 512 elements, so that the samples fill several buckets

@@ -13,10 +13,9 @@ from torch import Tensor
 from onebit.comm import Backend, DenseAllreduce, InputError, run_threads
 from tests.comm import oracle
 from tests.comm.launcher import GLOO, MPI
-from tests.comm.samples import NUMELS, SMALL_BUCKET, SPECS, Trace, arrays, bits, dense_trace, normal, samples
+from tests.comm.samples import DTYPES, NUMELS, SMALL_BUCKET, SPECS, Trace, arrays, bits, dense_trace, normal, samples
 
 SIZES = (1, 2, 3, 4, 5, 7, 8)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("world_size", SIZES)

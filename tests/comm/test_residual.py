@@ -370,7 +370,7 @@ def test_after_reshard_the_average_goes_on_as_the_float64_oracle(old: int, new: 
         means = expected([arrays(inputs(rank, call + 2)) for rank in range(new)])
         for outputs in per_rank:
             for out, mean in zip(outputs[call], means, strict=True):
-                # As in test_allreduce: 2 (32 + n) roundings for each of four calls, of numbers below 10.
+                # As in oracle.tolerance: 2 (32 + n) roundings for each of four calls, of numbers below 10.
                 assert np.abs(arrays([out])[0] - mean).max() <= 4 * 2 * (32 + 5) * oracle.UNIT * 10, expected.closest
 
 
