@@ -1,4 +1,4 @@
-"""Launches that several files look at are made once."""
+"""What several files ask for: launches that are made once, and what carries numbers inside a node."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from onebit.comm.threads_backend import ThreadsBackend
 from tests.comm.launcher import run_ranks
+from tests.comm.nodes import SHARED
 from tests.comm.samples import Trace, traces
 
 Traces = dict[str, Trace]
@@ -23,3 +25,11 @@ def process_traces() -> Callable[[str, int], list[Traces]]:
         return run_ranks(kind, world_size, traces)
 
     return launch
+
+
+@pytest.fixture(params=[SHARED, "threads"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What carries numbers inside a node of threads: their backend; or memory, as if they were processes."""
+    name: str = request.param
+    monkeypatch.setattr(ThreadsBackend, "in_processes", name == SHARED)
+    return name
