@@ -20,12 +20,13 @@ With ``variance_refresh=k`` steps T+k, T+2k, ... take the mean gradient for m an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tests.comm.oracle import CompressedMean, Floats
+from tests.comm.oracle import UNIT, CompressedMean, Floats
 
 Gradients = Sequence[Floats | None]
 
@@ -45,6 +46,16 @@ class Options:
     adamw_mode: bool = True
     bias_correction: bool = True
     maximize: bool = False
+
+
+def slack(steps: int, largest: float) -> float:
+    """How far momentum and feedback may be off after some steps.
+
+    A step rounds fewer than 40 times (see tests/comm/oracle.py), numbers of at most `largest`. It does not
+    enlarge the error it starts with: new residual = c - s·sign(c), with s the mean of |c|, is a projection. So errors
+    add up like the steps of a random walk, by the root of their number.
+    """
+    return math.sqrt(40 * steps) * UNIT * largest
 
 
 def put_floor(variances: Sequence[Floats], fraction: float, block_size: int | None) -> None:

@@ -44,6 +44,12 @@ def parameters(
     return [Parameter(strided(values(i, shape=shape).to(dtype), s)) for i, (shape, s) in enumerate(shapes)]
 
 
+def mixed(indices: Sequence[int] = range(len(SHAPES))) -> list[Parameter]:
+    """Parameters of all shapes and dtypes, fp32, bf16 and fp16."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float16)
+    return [Parameter(parameters()[i].detach().to(dtypes[i % 4])) for i in indices]
+
+
 def gradients(params: Sequence[Tensor], rank: int, step: int) -> Gradients:
     """One rank's own gradients of one step: a part that all ranks share, and a larger one of its own."""
     made: Gradients = []
@@ -76,6 +82,11 @@ def mean_of(ranks: Sequence[Gradients]) -> Gradients:
             total += 0.0 if g is None else g.float()
         means.append(total / len(ranks))
     return means
+
+
+def rate(number: int) -> float:
+    """A schedule: what an optimizer's learning rate is multiplied by at a step, counted from 0."""
+    return 1.0 + 0.5 * math.sin(number)
 
 
 def step(optimizer: torch.optim.Optimizer, given: Sequence[Tensor | None]) -> None:
@@ -126,6 +137,9 @@ def through_a_file(state: Mapping[str, Any]) -> dict[str, Any]:
     file.seek(0)
     loaded: dict[str, Any] = torch.load(file, weights_only=True)
     return loaded
+
+
+FREEZE_SOON: dict[str, Any] = {"freeze_step": 4, "lr": 1e-2}
 
 
 def run(

@@ -33,7 +33,7 @@ def pair() -> list[Parameter]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("coupled", [False, True], ids=["adamw", "adam"])
 def test_200_steps_with_refreshes_follow_the_float64_oracle(world_size: int, coupled: bool, codec: SignCodec) -> None:
-    # Gradients do not depend on parameters and no sign is decided by rounding, see test_onebit_adam.py.
+    # Gradients do not depend on parameters and no sign is decided by rounding, see test_onebit_adam_algorithm.py.
     steps, every = 200, 25
     sleeping = SLEEPING[:200]
     options = {**OPTIONS, "freeze_step": 30, "variance_refresh": every, "adamw_mode": not coupled, "maximize": coupled}
@@ -72,8 +72,7 @@ def test_200_steps_with_refreshes_follow_the_float64_oracle(world_size: int, cou
         largest = max(largest, *(float(np.abs(part).max()) for part in (*expected.m, *expected.x)))
         largest = max(largest, *(float(np.abs(g).max()) for of_rank in given for g in of_rank))
         least = [np.minimum(low, np.where(v > 0, v, math.inf)) for low, v in zip(least, expected.v, strict=True)]
-    # As in test_onebit_adam.py: 40 roundings a step add up like a random walk.
-    off = math.sqrt(40 * steps) * UNIT * largest
+    off = oracle.slack(steps, largest)
     closest = "" if expected.mean is None else f"the closest c was {expected.mean.closest} of its scale from 0"
     per_rank = run_threads(world_size, train)
     for rank, ((x, m, v), residual) in enumerate(per_rank):
