@@ -20,9 +20,9 @@ from onebit.optim.cpu import local as cpu
 from onebit.optim.gpu import local as gpu
 from onebit.optim.local_kernels import LocalStep
 from tests.comm.samples import arrays
-from tests.optim.samples import contents, parameters, step, through_a_file
-from tests.optim.test_zero_one_adam import KINDS, SOON, mixed, mostly, spoiled
+from tests.optim.samples import contents, mixed, parameters, step, through_a_file
 from tests.optim.warps_on_cpu import COMPILER, kernels_on_cpu
+from tests.optim.zero_one_runs import KINDS, SOON, mostly, spoiled
 
 __all__ = ["kernels_on_cpu"]
 
