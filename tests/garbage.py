@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -15,12 +16,18 @@ def tensors_left_to_the_collector() -> Iterator[list[Tensor]]:
     left: list[Tensor] = []
     gc.collect()
     gc.disable()
+    older = _tensors(gc.get_objects())  # held, so that what other tests have left is not taken for garbage of the block
     try:
         yield left
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        left += [found for found in gc.garbage if issubclass(type(found), Tensor)]  # not isinstance, which asks proxies
+        left += _tensors(gc.garbage)
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
+        older.clear()
         gc.enable()
+
+
+def _tensors(objects: list[Any]) -> list[Tensor]:
+    return [found for found in objects if issubclass(type(found), Tensor)]  # not isinstance, which asks proxies

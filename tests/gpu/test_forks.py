@@ -54,7 +54,7 @@ def test_the_device_holds_nothing_of_an_optimizer_that_was_dropped(kind: type[An
         dropped = [weakref.ref(optimizer) for optimizer in optimizers]
         del optimizers
         assert [optimizer() for optimizer in dropped] == [None, None]
-        assert torch.cuda.memory_allocated() == before
+        assert torch.cuda.memory_allocated() <= before  # less where something older went
     finally:
         gc.enable()
 
