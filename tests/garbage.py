@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 @contextmanager
-def tensors_left_to_the_collector() -> Iterator[list[Tensor]]:
-    """Give a list that has, after the `with` block, the tensors that the block dropped and that were not freed."""
-    left: list[Tensor] = []
+def tensors_left_to_the_collector() -> Iterator[list[str]]:
+    """Give a list that names, after the `with` block, the tensors that the block dropped and that were not freed."""
+    left: list[str] = []
     gc.collect()
     gc.disable()
     older = _tensors(gc.get_objects())  # held, so that what other tests have left is not taken for garbage of the block
@@ -21,7 +21,7 @@ def tensors_left_to_the_collector() -> Iterator[list[Tensor]]:
         yield left
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        left += _tensors(gc.garbage)
+        left += [f"{t.dtype} {tuple(t.shape)}" for t in _tensors(gc.garbage)]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
