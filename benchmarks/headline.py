@@ -19,7 +19,8 @@ class Headline:
     """One figure of the results of a name, and what it stands beside.
 
     what: ``{}`` is where the tensor or the model goes; goal: what the project asks of itself, None for nothing;
-    measure: what it stands beside is a measure and no alternative, so a figure below 1 is no loss.
+    measure: what it stands beside is a measure and no alternative, so a figure below 1 is no loss; over: the backend of
+    the results that it is taken from, None for any.
     """
 
     result: str
@@ -28,6 +29,11 @@ class Headline:
     pick: Pick
     goal: float | None = None
     measure: bool = False
+    over: str | None = None
+
+    def figure(self, result: Document) -> Figure | None:
+        """What a result of this name has to say; None: nothing."""
+        return self.pick(result) if self.over is None or result["run"]["backend"] == self.over else None
 
 
 def ratio(case: str, role: str, numel: int | None = None, dtype: str = "float32") -> Pick:

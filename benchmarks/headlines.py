@@ -17,9 +17,12 @@ DDP, FUSED, COPY = "AdamW in DDP", "torch's fused AdamW", "a copy's bandwidth"
 SMALL, MIDDLE = 1 << 14, 1 << 20
 
 HEADLINES = (
-    Headline(result="net-100mbit", what=AVERAGE, beside=GLOO, pick=ratio("compressed", "plain"), goal=28),
-    Headline(result="net-1gbit", what=AVERAGE, beside=GLOO, pick=ratio("compressed", "plain"), goal=17),
-    Headline(result="net-10gbit", what=AVERAGE, beside=GLOO, pick=ratio("compressed", "plain"), goal=1.8),
+    *(
+        Headline(
+            result=f"net-{link}", what=AVERAGE, beside=GLOO, pick=ratio("compressed", "plain"), goal=goal, over="gloo"
+        )
+        for link, goal in (("100mbit", 28), ("1gbit", 17), ("10gbit", 1.8))
+    ),
     Headline(result="gloo-2", what=AVERAGE, beside=GLOO, pick=ratio("compressed", "plain")),
     Headline(
         result="net-1gbit-2-ranks-each",
@@ -28,7 +31,10 @@ HEADLINES = (
         pick=ratio("two-level", "one level"),
         goal=1.8,
     ),
-    Headline(result="net-10gbit-4-hosts", what=AVERAGE, beside="a plain average", pick=ratio("compressed", "plain")),
+    *(
+        Headline(result=f"net-{link}", what=AVERAGE, beside=NCCL, pick=ratio("compressed", "plain"), over="nccl")
+        for link in ("1gbit", "10gbit", "10gbit-4-hosts")
+    ),
     Headline(result="nccl-4-124Mi-sockets", what=AVERAGE, beside=NCCL, pick=ratio("compressed", "plain"), goal=25),
     Headline(result="nccl-2", what=AVERAGE, beside=NCCL, pick=ratio("compressed", "NCCL float32"), goal=1 / 0.48),
     Headline(result="nccl-4", what=AVERAGE, beside=NCCL, pick=ratio("compressed", "NCCL float32"), goal=1 / 0.32),
@@ -48,7 +54,7 @@ HEADLINES = (
         goal=13,
     ),
     *(
-        Headline(result=name, what=AVERAGE, beside=GLOO, pick=ratio("compressed", "plain", SMALL))
+        Headline(result=name, what=AVERAGE, beside=GLOO, pick=ratio("compressed", "plain", SMALL), over="gloo")
         for name in ("gloo-2", "net-1gbit")
     ),
     Headline(result="mpi-2", what=AVERAGE, beside="MPI's average", pick=ratio("compressed", "plain", SMALL)),
@@ -73,7 +79,11 @@ HEADLINES = (
     ),
     *(
         Headline(result=name, what="training step, {}", beside=DDP, pick=step(AFTER), goal=goal)
-        for name, goal in (("overlap-compressed-4-sockets", 3.0), ("overlap-compressed-4", None))
+        for name, goal in (
+            ("overlap-compressed-2-10gbit", None),
+            ("overlap-compressed-4-sockets", 3.0),
+            ("overlap-compressed-4", None),
+        )
     ),
     Headline(
         result="steps-4",
@@ -116,7 +126,7 @@ def lines(which: str, found: Mapping[str, Sequence[Document]], places: Mapping[s
     rows = []
     for headline in HEADLINES:
         for result in found.get(headline.result, ()):
-            figure = headline.pick(result)
+            figure = headline.figure(result)
             if figure is not None and _is_loss(headline, figure[1]) is (which == "slower"):
                 place = places.get(headline.result, f"`{headline.result}`")
                 rows.append(_line(headline, *figure) | {"on": _where(result), "details": place})

@@ -14,7 +14,7 @@ from onebit.compress.layout import align
 
 
 class SliceRow:
-    """This rank's runs, to be filled in and exchanged; then those of all ranks, to be written to tensors.
+    """This rank's runs, to be written and exchanged; then those of all ranks, to be written to tensors.
 
     Args:
         runs: of every rank, as spans of a list of tensors.
@@ -22,8 +22,8 @@ class SliceRow:
             rank.
         inside: the ranks of the node.
         stats: counts what is sent.
-        memory: (ranks, size) uint8 that the ranks share, where each fills its row and reads those of the others; None:
-            rows are sent to all. It may be filled again when all ranks are known to have written what was there.
+        memory: (ranks, size) uint8 that the ranks share, where each writes its row and reads those of the others; None:
+            rows are sent to all. It may be written again when all ranks are known to have written what was there.
 
     Attributes:
         size: bytes of a row.
@@ -48,22 +48,17 @@ class SliceRow:
         self._sent: Tensor | None = None
         self._came: Tensor | None = None
 
-    def fill(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Copy this rank's runs, 1-D tensors of their dtypes; returns the copies, to be written until `exchange`.
-
-        Each starts on 16 bytes.
-        """
+    def open(self) -> list[Tensor]:
+        """This rank's runs, 1-D tensors of their dtypes that start on 16 bytes, to be written until `exchange`."""
         rank = self._inside.rank
         if self._memory is None:
             self._sent = torch.empty(self.size, dtype=torch.uint8, device=self._device)
         else:
             self._sent = self._memory[rank]
-        mine = self._views(self._sent, rank)
-        _copy(mine, pieces)
-        return mine
+        return self._views(self._sent, rank)
 
     def exchange(self) -> None:
-        """Give the others what was filled in, which is let go, and get theirs; collective.
+        """Give the others what was written, which is let go, and get theirs; collective.
 
         Raises:
             TransportError: a peer is dead or too slow.
@@ -85,7 +80,7 @@ class SliceRow:
             return
         for rank, row in enumerate(self._came):
             targets = [out[tensor][offset : offset + numel] for tensor, offset, numel in self._runs[rank]]
-            _copy(targets, self._views(row, rank))
+            copy_all(targets, self._views(row, rank))
 
     def _gathered(self, sent: Tensor) -> Tensor:
         """(ranks, bytes), what every rank sends."""
@@ -95,13 +90,13 @@ class SliceRow:
 
     def _views(self, row: Tensor, rank: int) -> list[Tensor]:
         """A rank's runs in a row of bytes, with their dtypes."""
-        starts, _ = self._places[rank]
-        dtypes = [self._dtypes[tensor] for tensor, _, _ in self._runs[rank]]
-        numels = [numel for _, _, numel in self._runs[rank]]
-        return [
-            row[start : start + numel * dtype.itemsize].view(dtype)
-            for start, numel, dtype in zip(starts, numels, dtypes, strict=True)
-        ]
+        rows = {dtype: row.view(dtype) for dtype in {*self._dtypes.values()}}
+        views = []
+        for start, (tensor, _, numel) in zip(self._places[rank][0], self._runs[rank], strict=True):
+            dtype = self._dtypes[tensor]
+            first = start // dtype.itemsize
+            views.append(rows[dtype][first : first + numel])
+        return views
 
 
 def _places(spans: Sequence[Span], dtypes: Mapping[int, torch.dtype]) -> tuple[list[int], int]:
@@ -113,6 +108,7 @@ def _places(spans: Sequence[Span], dtypes: Mapping[int, torch.dtype]) -> tuple[l
     return places, end
 
 
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy every source to its target, which overlap nowhere."""
     if targets:
         torch._foreach_copy_(list(targets), list(sources))

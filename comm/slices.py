@@ -15,7 +15,7 @@ from onebit.comm.part import Part
 from onebit.comm.planned import plan_buckets
 from onebit.comm.scatter import Span
 from onebit.comm.shared_memory import share_memory
-from onebit.comm.slice_rows import SliceRow
+from onebit.comm.slice_rows import SliceRow, copy_all
 from onebit.comm.stats import Stats
 from onebit.comm.two_level import TwoLevelPart
 from onebit.compress.codec import Codec, Operators
@@ -77,7 +77,7 @@ class Slices:
             slices: 1-D, by number in the list; None stands for as many Nones as there are runs.
         """
         return [
-            [_run(slices[t], start, numel) for (t, _, numel), start in zip(spans, starts, strict=True) if t in slices]
+            [run_of(slices[t], start, numel) for (t, _, numel), start in zip(spans, starts, strict=True) if t in slices]
             for spans, starts in zip(self.runs, self._starts, strict=True)
         ]
 
@@ -138,7 +138,7 @@ class Slices:
             TransportError: a peer is dead or too slow.
         """
         for row, runs in zip(self.rows(mine), self.pieces(mine), strict=True):
-            row.fill(runs)
+            copy_all(row.open(), runs)
             row.exchange()
             yield row
 
@@ -156,5 +156,6 @@ class Slices:
             row.write(out)
 
 
-def _run(piece: Slice, start: int, numel: int) -> Slice:
-    return None if piece is None else piece[start : start + numel]
+def run_of(piece: Slice, start: int, numel: int) -> Slice:
+    """A view of some elements of a 1-D tensor, itself if it is all of them; None of None."""
+    return piece if piece is None or numel == piece.numel() else piece[start : start + numel]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from onebit.comm import CompressedAllreduce, Part
 from onebit.comm.shared_node import SHARED
-from onebit.comm.slice_rows import SliceRow
+from onebit.comm.slice_rows import SliceRow, copy_all
+from onebit.comm.slices import run_of
 from onebit.optim.fused import FusedMomentum, FusedStep, States, of_part, row_major
 from onebit.optim.kernels import Momentum, StepKernels
 from onebit.optim.known import Known
@@ -61,10 +62,19 @@ class SlicedStep(FusedStep):
         gradients: Sequence[Tensor | None],
     ) -> None:
         self._moved: list[SliceRow] = []
+        self._targets: list[list[Tensor]] = []
+        self._sources: list[list[Tensor]] = []
+        self._variances: list[list[Tensor]] = []
         self._whole: list[Tensor] = []  # the momentum, where it is in slices of fp32, as after warm-up
         if not average.averaged:
             self._whole = average.slices.whole(known.params, [state[MOMENTUM] for state in known.states])
         super().__init__(average, group, known, gradients)
+
+    def all_finite(self) -> Tensor:
+        """0-dim bool, the same on every rank."""
+        finite = super().all_finite()
+        self._prepare()  # while the device is busy with the exchange
+        return finite
 
     def draft(self) -> None:
         """Make the step beside what there is; collective inside the node."""
@@ -72,30 +82,39 @@ class SlicedStep(FusedStep):
         with average.reduce.stats.stage("update", average.reduce.backend):
             self._count_in(average.steps.clone(), None)
             self._masters = self._new_masters()
-            self._moved = list(average.slices.dealt.rows(dict(enumerate(self._params)), average.memory))
             self._move_slices()
         for row in self._moved:
             row.exchange()
 
+    def _prepare(self) -> None:
+        """Find where this rank's slices of the parameters are, and where others will get the moved ones from."""
+        average, dealt = self._average, self._average.slices.dealt
+        flat = [row.view(-1) for row in row_major(self._params)]
+        self._moved = list(dealt.rows(dict(enumerate(self._params)), average.memory))
+        self._targets = [row.open() for row in self._moved]
+        self._sources = [[run_of(flat[i], offset, numel) for i, offset, numel in runs] for runs in dealt.runs]
+        self._variances = dealt.pieces({i: state[VARIANCE] for i, state in enumerate(self._states)})
+
     def _move_slices(self) -> None:
         """Fill what others get: this rank's slices of the parameters, moved."""
         average, dealt = self._average, self._average.slices.dealt
-        flat = [row.view(-1) for row in row_major(self._params)]
         pieces = zip(
             dealt.own(average.reduce.parts),
-            self._moved,
             dealt.runs,
+            self._targets,
+            self._sources,
             dealt.pieces(dict(enumerate(self._masters))),
-            dealt.pieces({i: state[VARIANCE] for i, state in enumerate(self._states)}),
+            self._variances,
             strict=True,
         )
-        for part, row, runs, masters, variances in pieces:
-            params = row.fill([flat[tensor][offset : offset + numel] for tensor, offset, numel in runs])
+        for part, runs, params, sources, masters, variances in pieces:
+            copy_all(params, sources)
             if runs:
                 scalars = average.rows([tensor for tensor, _, _ in runs])
                 self._kernels.decode_update(
                     part, params, masters, variances, part.gathered, scalars, eps=self._group["eps"]
                 )
+        self._targets = []  # what is sent is let go when it is
 
     def _move(self, made: Tensor | None) -> None:
         average = self._average

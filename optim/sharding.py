@@ -145,7 +145,8 @@ class Sharding(Freezing):
         known = self._known(group)
         slices.follow(known.params, self.state)
         gradients = self._known_gradients(group, reducers, known)
-        like = [torch.empty((), device=p.device).expand(p.shape) for p in known.params]
+        number = {device: torch.empty((), device=device) for device in {p.device for p in known.params}}
+        like = [number[p.device].expand(p.shape) for p in known.params]
         reduce = self._average_of(reducers, like, lambda: slices.dead(known.params, self.state))
         fused = self._fused.get(reducers)
         if fused is None:

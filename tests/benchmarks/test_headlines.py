@@ -57,6 +57,13 @@ def test_a_figure_stands_where_it_belongs_whatever_was_hoped(
         assert all(line["goal"] == "2, missed" for line in found)
 
 
+def test_a_figure_over_one_backend_is_not_taken_from_a_result_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = averages((8, 3.25))
+    result["run"]["backend"] = "nccl"
+    for over, found in (("nccl", 1), ("gloo", 0)):
+        assert len(lines("faster", result, monkeypatch, pick=ratio("compressed", "plain"), over=over)) == found
+
+
 def test_less_than_a_measure_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     pick = ratio("compressed", "plain")
     assert lines("slower", averages((8, 0.9)), monkeypatch, pick=pick, measure=True) == []

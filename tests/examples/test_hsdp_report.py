@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from onebit.benchmarks import record
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +27,12 @@ def test_the_page_shows_the_table_of_the_documents() -> None:
     assert printed(*documents()).strip() in PAGE.read_text()
 
 
-def test_eight_bits_end_within_a_percent_of_fsdps_own_average() -> None:
-    rows = {row["case"]: row["held_out"][-1]["loss"] for path in documents() for row in record.load(path)["rows"]}
-    assert rows["int8"] / rows["fsdp"] - 1 < 0.01
+@pytest.mark.parametrize(("averages", "dense_steps"), [("int8", 225), ("onebit-adam", 450)])
+def test_compressed_averages_end_within_a_percent_of_fsdps_own(averages: str, dense_steps: int) -> None:
+    runs = [{row["case"]: row for row in record.load(path)["rows"]} for path in documents()]
+    (run,) = [run for run in runs if averages in run and run[averages]["dense_steps"] == dense_steps]
+    ours, fsdps = (run[name]["held_out"][-1]["loss"] for name in (averages, "fsdp"))
+    assert ours / fsdps - 1 < 0.01
 
 
 def test_a_table_has_losses_beside_the_first_of_their_run(tmp_path: Path) -> None:

@@ -123,9 +123,9 @@ def test_less_memory_is_held_on_the_device() -> None:
     numel = 1 << 22
     for rank, (whole, sliced) in enumerate(run_ranks("nccl", 4, allocated, 2, timeout=300.0)):
         saved = [(one - other) / numel for one, other in zip(whole, sliced, strict=True)]
-        # 4 bytes of moments in warm-up; 6 after it: half of the variance, and the momentum as signs (11 - 5.1).
+        # 4 bytes of moments in warm-up; after it half of the variance, as both keep the momentum in signs and scales.
         assert saved[0] > 3.8, f"rank {rank}: {saved} bytes per parameter less, of {whole} and {sliced} in all"
-        assert saved[1] > 5.6, f"rank {rank}: {saved} bytes per parameter less, of {whole} and {sliced} in all"
+        assert saved[1] > 1.9, f"rank {rank}: {saved} bytes per parameter less, of {whole} and {sliced} in all"
 
 
 def peaks(backend: Backend, node: int) -> dict[str, float]:
