@@ -237,6 +237,8 @@ class CompressedOptimizer(Algorithm, Averaging):
         self._refuse_under_way("state_dict()")
         self._steps.pending.wait()
         state: dict[str, Any] = super().state_dict()
+        # Who has looked at `optimizer.state[p]` has made an empty entry there, which other ranks may not have.
+        state["state"] = {number: entry for number, entry in state["state"].items() if entry}
         residuals = [reducers.residual.state_dict() for reducers in self._of_groups()]
         state[EXTRA] = {VERSION: FORMAT, SKIPPED_STEPS: self.skipped_steps, RESIDUALS: residuals}
         return state
