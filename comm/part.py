@@ -72,10 +72,18 @@ class Part:
 
     def said(self, operators: Operators) -> Tensor:
         """Return what `sent` decodes to, flat fp32 in block order; padding and masked elements are 0."""
+        return self._flat(operators, self.sent)
+
+    def received(self, operators: Operators) -> Tensor:
+        """Return what `gathered` decodes to, as `said` does."""
+        return self._flat(operators, self.gathered)
+
+    def _flat(self, operators: Operators, payloads: Tensor) -> Tensor:
         layout = self.layout.by_segment()
-        flat = torch.zeros(layout.padded_numel, device=self.sent.device)
+        flat = torch.zeros(layout.padded_numel, device=payloads.device)
         values = [flat[layout.residual_span(s)] for s in layout.segments]
-        operators.decode(self.sent, self.mask, values, layout)
+        if values:  # else it is padding, of which nothing was said
+            operators.decode(payloads, self.mask, values, layout)
         return flat
 
     def _pick(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -66,6 +67,11 @@ class FusedMomentum:
     def source(self, part: Part, states: States) -> Momentum:
         """The momentum that a step starts from."""
         return self.payload(part) if self.averaged else of_part(part, [state["exp_avg"] for state in states])
+
+    @property
+    def parts(self) -> list[Part]:
+        """Those of the average, as if the momentum that is kept as payloads had come just now."""
+        return [replace(part, gathered=self.payload(part)) for part in self.reduce.parts]
 
     def payload(self, part: Part) -> Tensor:
         """Where the averaged momentum of a part is kept, as payloads."""

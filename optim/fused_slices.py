@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,9 +42,8 @@ class SlicedMomentum(FusedMomentum):
 
     def _write_momenta(self, params: Sequence[Tensor], states: States) -> None:
         if self.averaged:
-            parts = [replace(part, gathered=self.payload(part)) for part in self.reduce.parts]
             operators = self.reduce.codec.unchecked(self.steps.device)
-            for state, momentum in zip(states, self.slices.dealt.decode(operators, parts), strict=True):
+            for state, momentum in zip(states, self.slices.dealt.decode(operators, self.parts), strict=True):
                 state[MOMENTUM] = momentum
 
 

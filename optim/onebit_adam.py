@@ -15,12 +15,14 @@ from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freeze import frozen_since
 from onebit.optim.known import Known
 from onebit.optim.master import fp32_values
+from onebit.optim.metrics import Metrics
 from onebit.optim.moments import adam_state, local_momenta
 from onebit.optim.options import check_count, check_flags
 from onebit.optim.sharding import Sharding
 from onebit.optim.sliced_steps import SlicedDense, SlicedRefresh
 from onebit.optim.staged import CompressedExchange
 from onebit.optim.state_keys import EXTRA
+from onebit.optim.update_rms import update_sizes
 from onebit.optim.warmup import WarmupStep
 
 
@@ -126,6 +128,19 @@ class OnebitAdam(Sharding):
             check_every=check_every,
             overlap=overlap,
         )
+
+    def metrics(self, *, compression_error: bool = False, update_rms: bool = False) -> Metrics:
+        """As `CompressedOptimizer.metrics`.
+
+        Args:
+            compression_error: as there.
+            update_rms: add, by a pass over the moments, ``update_rms``: the root mean square of the last update before
+                the learning rate, (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵀ)) + ε), over all entries that this rank holds; and
+                ``largest_update_rms``, that of the parameter where it is largest. Both are absent as long as no
+                parameter has a variance. They grow where a frozen variance has become too small.
+        """
+        found = super().metrics(compression_error=compression_error)
+        return found | update_sizes(self) if update_rms else found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
