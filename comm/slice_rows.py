@@ -22,8 +22,9 @@ class SliceRow:
             rank.
         inside: the ranks of the node.
         stats: counts what is sent.
-        memory: (ranks, size) uint8 that the ranks share, where each writes its row and reads those of the others; None:
-            rows are sent to all. It may be written again when all ranks are known to have written what was there.
+        memory: (ranks, size) uint8 that the ranks share, where each writes its row and reads those of the others; None,
+            or rows that are too short, as where dtypes were narrower when it was made: rows are sent to all. It may be
+            written again when all ranks are known to have written what was there.
 
     Attributes:
         size: bytes of a row.
@@ -44,7 +45,7 @@ class SliceRow:
         self._runs = [[span for span in spans if span[0] in like] for spans in runs]
         self._places = [_places(spans, self._dtypes) for spans in self._runs]
         self.size = max(end for _, end in self._places)
-        self._memory = memory
+        self._memory = None if memory is None or memory.shape[1] < self.size else memory
         self._sent: Tensor | None = None
         self._came: Tensor | None = None
 

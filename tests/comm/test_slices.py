@@ -9,6 +9,7 @@ import torch
 
 from onebit.comm import Backend, CompressedAllreduce, run_threads
 from onebit.comm.levels import Levels, find_levels
+from onebit.comm.slice_rows import copy_all
 from onebit.comm.slices import Slices
 from onebit.comm.stats import Stats
 from onebit.compress import SignCodec
@@ -57,6 +58,23 @@ def test_slices_that_were_cut_are_the_tensors_again_in_every_dtype(ranks: int, n
     for _, stats in run_threads(ranks, there_and_back):
         assert stats.wire_bytes == stats.local_bytes > 0
         assert stats.collectives > 1 if bucket_mb < 1 else stats.collectives == 1
+
+
+@pytest.mark.parametrize("made_for", [torch.bfloat16, torch.float32])
+def test_rows_of_wider_numbers_than_the_memory_was_shared_for_come_whole(made_for: torch.dtype) -> None:
+    def there(backend: Backend) -> None:
+        slices = dealt(backend, 2, 2.0**-9)
+        memory = slices.share_rows(dict(enumerate(torch.zeros(n, dtype=made_for) for n in NUMELS)))
+        tensors = {i: normal(i, numel=n) for i, n in enumerate(NUMELS)}
+        pieces = slices.pieces({i: slices.cut(i, t) for i, t in tensors.items()})
+        out = {i: torch.zeros_like(t) for i, t in tensors.items()}
+        for row, runs in zip(slices.rows(tensors, memory), pieces, strict=True):
+            copy_all(row.open(), runs)
+            row.exchange()
+            row.write(out)
+        assert bits(list(out.values())) == bits(list(tensors.values()))
+
+    run_threads(4, there)
 
 
 @pytest.mark.parametrize("masked", [False, True])
