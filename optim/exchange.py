@@ -139,7 +139,7 @@ class GroupReducers:
         self._bucket_mb = bucket_mb
         self._local_group = local_group
         self._dense: DenseAllreduce | None = None
-        self._dense_tensors = 0
+        self._dense_sizes: tuple[int, int] | None = None
         self._compressed: CompressedAllreduce | None = None
         self._warned = False
         self._dense_stats = Stats()  # of all dense averages: every refresh of a variance makes another one
@@ -152,13 +152,14 @@ class GroupReducers:
         return self._backend()
 
     def dense(self, like: Sequence[Tensor]) -> DenseAllreduce:
-        """The fp32 average of tensors such as `like`: a group's with what travels along, or that alone.
+        """The fp32 average of tensors such as `like`: a group's with what travels along, which is first, or that alone.
 
-        It holds 8 bytes per element until another number of tensors is averaged or `compressed` is called.
+        It holds 8 bytes per element until other tensors are averaged or `compressed` is called.
         """
-        if self._dense is None or self._dense_tensors != len(like):
+        sizes = len(like), like[0].numel()  # those of a group's tensors stay
+        if self._dense is None or self._dense_sizes != sizes:
             self._dense = DenseAllreduce(like, self._backend(), bucket_mb=self._bucket_mb)
-            self._dense_tensors = len(like)
+            self._dense_sizes = sizes
             self._dense.stats = self._dense_stats
         return self._dense
 

@@ -97,6 +97,23 @@ def test_the_step_and_every_number_after_it_are_those_of_the_float64_oracle(worl
         np.testing.assert_allclose(x, expected.x[0], atol=2e-4)
 
 
+@pytest.mark.parametrize(("change", "phase"), [({"freeze_step": 6}, "compressed"), ({"compress": False}, "dense")])
+def test_who_decides_otherwise_before_the_variance_is_stable_is_followed(change: dict[str, Any], phase: str) -> None:
+    """The norm then travels with gradients no more; the steps are those of who decided so at once."""
+
+    def train(backend: Backend, at: int) -> tuple[list[Any], str]:
+        params = parameters()
+        optimizer = OnebitAdam(params, backend=backend, **AUTO)
+        for number in range(10):
+            if number == at:
+                optimizer.param_groups[0].update(change)
+            step(optimizer, gradients(params, backend.rank, number))
+        return contents(optimizer), optimizer.phase()
+
+    assert run_threads(2, train, 4) == run_threads(2, train, 0)
+    assert {found for _, found in run_threads(2, train, 4)} == {phase}
+
+
 def test_steady_gradients_freeze_as_soon_as_there_are_two_measurements_to_compare() -> None:
     # Every 3 steps, 48 apart; the first is made before step 4, of what 3 steps left. One gradient's noise fades as t⁻¹.
     (at,) = set(run_threads(2, frozen_at, STEADY))
