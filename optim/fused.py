@@ -237,11 +237,15 @@ class FusedStep:
         rows, variances = row_major(self._params), [state["exp_avg_sq"] for state in self._states]
         for part in average.reduce.parts:
             self._move_part(part, of_part(part, rows), of_part(part, variances), made)
+        self._write_back(rows)
+        average.keep(self._states)
+
+    def _write_back(self, rows: Sequence[Tensor]) -> None:
+        """Copy what `row_major` has made of the parameters to those that it has copied."""
         if rows is not self._params:
             for p, row in zip(self._params, rows, strict=True):
                 if p is not row:
                     p.copy_(row)
-        average.keep(self._states)
 
     def _move_part(
         self, part: Part, params: Sequence[Tensor], variances: Sequence[Tensor], made: Tensor | None

@@ -59,6 +59,8 @@ class SlicedStep(FusedStep):
         known: Known,
         gradients: Sequence[Tensor | None],
     ) -> None:
+        self._whole_rows: Sequence[Tensor] = []
+        self._flat: dict[int, Tensor] = {}
         self._moved: list[SliceRow] = []
         self._targets: list[list[Tensor]] = []
         self._sources: list[list[Tensor]] = []
@@ -87,10 +89,11 @@ class SlicedStep(FusedStep):
     def _prepare(self) -> None:
         """Find where this rank's slices of the parameters are, and where others will get the moved ones from."""
         average, dealt = self._average, self._average.slices.dealt
-        flat = [row.view(-1) for row in row_major(self._params)]
+        self._whole_rows = row_major(self._params)
+        self._flat = {i: row.view(-1) for i, row in enumerate(self._whole_rows)}
         self._moved = list(dealt.rows(dict(enumerate(self._params)), average.memory))
         self._targets = [row.open() for row in self._moved]
-        self._sources = [[run_of(flat[i], offset, numel) for i, offset, numel in runs] for runs in dealt.runs]
+        self._sources = [[run_of(self._flat[i], offset, numel) for i, offset, numel in runs] for runs in dealt.runs]
         self._variances = dealt.pieces({i: state[VARIANCE] for i, state in enumerate(self._states)})
 
     def _move_slices(self) -> None:
@@ -117,7 +120,9 @@ class SlicedStep(FusedStep):
     def _move(self, made: Tensor | None) -> None:
         average = self._average
         average.steps.add_(1.0)
-        average.slices.write(self._moved, self._params)
+        for row in self._moved:
+            row.write(self._flat)
+        self._write_back(self._whole_rows)
         for state, master in zip(self._states, self._masters, strict=True):
             if master is not None:
                 state[MASTER] = master

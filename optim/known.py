@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from operator import is_
 from typing import Any, overload
 
@@ -61,6 +62,12 @@ class Known:
             )
             and not any(_has_variance(self._found[i]) for i in self._others)
         )
+
+    @cached_property
+    def like(self) -> list[Tensor]:
+        """fp32 tensors shaped as the parameters, on their devices, all elements of one device in one place."""
+        number = {device: torch.empty((), device=device) for device in {p.device for p in self.params}}
+        return [number[p.device].expand(p.shape) for p in self.params]
 
     def count(self) -> None:
         """Each of the parameters has made one more step."""

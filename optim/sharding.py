@@ -145,9 +145,7 @@ class Sharding(Freezing):
         known = self._known(group)
         slices.follow(known.params, self.state)
         gradients = self._known_gradients(group, reducers, known)
-        number = {device: torch.empty((), device=device) for device in {p.device for p in known.params}}
-        like = [number[p.device].expand(p.shape) for p in known.params]
-        reduce = self._average_of(reducers, like, lambda: slices.dead(known.params, self.state))
+        reduce = self._average_of(reducers, known.like, lambda: slices.dead(known.params, self.state))
         fused = self._fused.get(reducers)
         if fused is None:
             kernels = self._step_kernels(known.params[0].device) if reduce.parts else None
