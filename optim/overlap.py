@@ -119,10 +119,12 @@ class Overlap:
         self.started = self.buckets = 0
         self._owner()._steps.exchange_all(exchanges)
 
+    @torch.no_grad()
     def give_up(self) -> None:
         """End a step that is on its way without making it; collective if there is one, as the other ranks' `step` is.
 
-        Error feedback is put back. Where gradients were overwritten after they were sent, it becomes 0 instead.
+        Error feedback is put back. Where gradients were overwritten after they were sent, it becomes 0 instead. Of a
+        step in which all groups make local ones nobody else hears, so it is made without what this rank has to give.
         """
         if self._round is not None:
             optimizer = self._owner()

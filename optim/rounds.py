@@ -10,9 +10,9 @@ is not to be made, and every rank hears of it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ class Round:
                 self._pass_on(len(self.buckets) - 1)
         if self._side is not None:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
-        self._complete(exchanges)
+        self._complete(exchanges, spoil)
 
     def undo(self) -> None:
         """Put error feedback back, where something has failed."""
@@ -196,7 +196,7 @@ class Round:
             if over.intersection(bucket.places):
                 bucket.sending.forget(bucket.index)
 
-    def _complete(self, exchanges: list[Exchange]) -> None:
+    def _complete(self, exchanges: list[Exchange], spoil: bool) -> None:
         """Finish what is staged, then make the exchanges that are not, which send everything at once."""
         optimizer = self._optimizer
         pairs = list(zip(optimizer.param_groups, optimizer._of_groups(), strict=True))
@@ -207,11 +207,20 @@ class Round:
                 exchange.sending.finish()
         for number, (group, reducers) in enumerate(pairs):
             if self._exchanges[number] is None:
-                made = self._exchanges[number] = optimizer._exchange(group, reducers)
+                optimizer._lent = {id(group): self._spoilt(group)} if spoil else {}
+                try:
+                    made = self._exchanges[number] = optimizer._exchange(group, reducers)
+                finally:
+                    optimizer._lent = {}
                 exchanges.append(made)
                 if isinstance(made, StagedExchange):
                     made.sending.finish()
         exchanges[:] = [exchange for exchange in self._exchanges if exchange is not None]
+
+    def _spoilt(self, group: Mapping[str, Any]) -> list[Tensor | None]:
+        """Gradients of a group of which no step can be made."""
+        states = self._optimizer.state
+        return [torch.full_like(p, torch.nan) if states.get(p) else None for p in group["params"]]
 
     def _param(self, place: Place) -> Tensor:
         p: Tensor = self._optimizer.param_groups[place[0]]["params"][place[1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -171,6 +172,38 @@ def test_a_backward_that_fails_on_one_rank_is_a_step_that_all_skip(kind: str, at
 def test_gradients_dropped_by_all_ranks_are_a_step_that_all_skip(at: int) -> None:
     for seen in run_threads(2, give_up_once, at, False):
         assert seen == (1, True)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_local_step_that_is_given_up_leaves_out_what_this_rank_has(fails: bool) -> None:
+    """Nobody hears of it, so the schedule goes on: as without overlap where this rank's gradients are not finite."""
+
+    def train(backend: Backend, overlap: bool) -> tuple[list[str], int]:
+        network = Halting()
+        options = {"var_freeze_step": 2, "local_step_scaler": 1, "local_step_clipper": 4}
+        optimizer = make("zero_one", network, backend, overlap, **options)
+        optimizer.param_groups[2]["compress"] = True  # else it has no local steps
+        given_up, seen = False, []
+        for number in range(12):
+            local = {optimizer.phase(group) for group in range(len(optimizer.param_groups))} == {"local"}
+            if local and backend.rank == backend.size - 1 and not given_up:
+                given_up = True
+                network.fails = fails and overlap
+                with contextlib.suppress(RuntimeError):
+                    backward(network, backend.rank, number, bad=not overlap)
+                (optimizer.zero_grad if overlap else optimizer.step)()
+                network.fails = False
+            else:
+                backward(network, backend.rank, number)
+                optimizer.step()
+            optimizer.zero_grad()
+            seen.append(look(optimizer).state)
+        optimizer.synchronize()
+        check_replicas(optimizer)
+        assert given_up == (backend.rank == backend.size - 1)
+        return seen, optimizer.left_out_steps
+
+    assert run_threads(2, train, True) == run_threads(2, train, False)
 
 
 def give_up_once(backend: Backend, at: int, fails: bool) -> tuple[int, bool]:
