@@ -22,7 +22,7 @@ from onebit.compress.launch_env import local_rank, local_world_size, world_size_
 from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.freezing import Freezing
 from onebit.optim.fused_slices import SlicedMomentum
-from onebit.optim.merging import describe_slices
+from onebit.optim.merging import describe_slices, with_more_groups
 from onebit.optim.options import check_flags
 from onebit.optim.packed import PackedMomentum
 from onebit.optim.sliced_steps import SlicedCompressed
@@ -54,7 +54,7 @@ class Sharding(Freezing):
         state = super().state_dict()
         held = [self._sliced.get(reducers) for reducers in self._of_groups()]
         if self._loaded is not None:
-            state[EXTRA][SLICES] = dict(self._loaded)
+            state[EXTRA][SLICES] = with_more_groups(self._loaded, len(self.param_groups))
         elif self._levels is not None and any(slices is not None and slices.params for slices in held):
             inside, spans = self._levels.inside, []
             for group, reducers, saved in zip(self.param_groups, self._of_groups(), state["param_groups"], strict=True):

@@ -56,6 +56,21 @@ def test_a_state_dict_goes_on_bit_for_bit(saved: int) -> None:
     assert run_threads(4, train, True) == run_threads(4, train, False)
 
 
+def test_a_state_saved_after_one_was_loaded_and_a_group_added_goes_on_bit_for_bit() -> None:
+    """Before the first step on it, which is when slices are looked at."""
+
+    def train(backend: Backend, resumed: bool) -> Any:
+        optimizer = made(backend, 2, True)
+        advance(optimizer, backend.rank, 0, 5)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(7, 30))]})
+        if resumed:
+            optimizer = copy.deepcopy(optimizer)
+        return advance(optimizer, backend.rank, 5, STEPS), state_bits(optimizer.state_dict())
+
+    assert run_threads(4, train, True) == run_threads(4, train, False)
+
+
 # --- files
 
 
