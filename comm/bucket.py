@@ -36,9 +36,11 @@ class Bucket:
         server: as given.
         encoded: it has been encoded, and neither consumed nor undone since.
         first_stage, last_stage: of `Stats.seconds`, in which it is first sent and in which all of it comes.
+        lags: `send_on` is best called when the next one has been sent, for this one is on its way until then.
     """
 
     first_stage, last_stage = "all_to_all", "all_gather"
+    lags = False
 
     def __init__(
         self,

@@ -194,11 +194,12 @@ class CompressedWork:
         self.accept()
 
     def _send_all(self, wait: bool) -> None:
-        """Send what was not yet; `wait`: pass each inside its node while the next is there, which waits for others."""
+        """Send what was not yet; `wait`: also from node to node, which waits for the others of this one."""
         for index in sorted(self._to_send):
             self._send(index, self._in_line)
-            if wait and index:
-                self._buckets[index - 1].send_on(self._stages)
+            here = index - self._buckets[index].lags
+            if wait and here >= 0:
+                self._buckets[here].send_on(self._stages)
 
     def _send(self, index: int, in_line: bool) -> None:
         """Phase 1 of a part up to the transport."""

@@ -33,9 +33,12 @@ class Node(ABC):
         gathered, own: as given.
         filled: there are numbers that were not sent yet.
         keeps_mean: `mean_of` needs no tensors.
+        travels: numbers are on their way between `start` and `finish`, when something else can be done; False: they are
+            there as soon as all ranks have given theirs.
     """
 
     keeps_mean: bool
+    travels: bool
 
     def __init__(
         self,
@@ -117,6 +120,7 @@ class CarriedNode(Node):
     """
 
     keeps_mean = True
+    travels = True
 
     def __init__(self, layout: Layout, levels: Levels, device: torch.device) -> None:
         inside = levels.inside

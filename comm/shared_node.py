@@ -43,6 +43,7 @@ class SharedNode(Node):
     """
 
     keeps_mean = False
+    travels = False
 
     def __init__(self, layout: Layout, levels: Levels, numbers: Tensor, gathered: Tensor, mine: Tensor) -> None:
         from onebit.compress.cpu.stream import copier  # Numba is imported where it is first used

@@ -93,6 +93,7 @@ class TwoLevelBucket(Bucket):
         own, used = layout.of_used_tensors()
         self._operators = operators
         self._node = node
+        self.lags = node.travels
         self._slice = levels.slice_of(own)
         self._between = Bucket(operators, self._slice.by_segment(), levels.between, worker, server, device, node.own)
         self._shared: Work | None = None
