@@ -31,7 +31,7 @@ def describe_slices(rank: int, ranks: int, groups: Sequence[Sequence[Tensor]], s
 
 
 def with_more_groups(slices: Mapping[str, Any], groups: int) -> dict[str, Any]:
-    """What a state has under ``"slices"`` where groups without any state have come to it: as many as `groups` in all."""
+    """What a state has under ``"slices"`` where groups without state have come to it: as many as `groups` in all."""
     nothing: list[Any] = [[] for _ in range(groups - len(slices["shapes"]))]
     none = describe_slices(slices["rank"], slices["ranks"], nothing, nothing)
     return {**slices, **{key: [*slices[key], *none[key]] for key in ("shapes", "spans")}}
