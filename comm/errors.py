@@ -28,7 +28,8 @@ class TransportError(OnebitError):
     def __init__(self, rank: int, operation: str, waited: float, detail: str) -> None:
         super().__init__(
             f"rank {rank}: {operation} did not complete after {waited:.1f} s: {detail}. "
-            "A peer may have died or be slower than the timeout; see its log, or pass a larger timeout= to make_backend"
+            "A peer may have died, have made fewer calls, or be slower than the timeout; see its log, or pass a larger "
+            "timeout= to make_backend"
         )
         self.rank = rank
         self.operation = operation

@@ -59,7 +59,10 @@ class Planned:
         self.codec = as_codec(codec)
         self.backend: Backend = resolve(tensors, backend)
         if not isinstance(residual, (Residual, NoneType)):
-            raise InputError(f"residual must be an onebit.comm.Residual or None, got {type(residual).__name__}")
+            raise InputError(
+                f"residual must be an onebit.comm.Residual or None, got {type(residual).__name__}; other arguments, "
+                "such as codec= and backend=, are given by name"
+            )
         self.residual = Residual() if residual is None else residual
         bucket_mb = bucket_mb_for(tensors, bucket_mb)
         refusal = _refusal(self.backend.rank, mode, self.codec)

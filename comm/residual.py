@@ -288,8 +288,9 @@ def _misfit(state: Mapping[str, Any], place: Place) -> InputError | None:
     for key, value in expected.items():
         if state[key] != value:
             return InputError(
-                f"rank {place.rank}: the residual to load has {key} {state[key]}, here it is {value}; "
-                "Residual.reshard(states of all ranks, world_size) turns one into the other"
+                f"rank {place.rank}: the residual to load has {key} {state[key]}, here it is {value}; load on every "
+                "rank the state that it saved itself; onebit.optim.checkpoint.load, and "
+                "Residual.reshard(states of all ranks, world_size), take other numbers of ranks"
             )
     held = _Spans(state["server"], state["server_spans"])
     for layout in place.layouts:

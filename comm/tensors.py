@@ -29,7 +29,10 @@ def as_list(tensors: Tensors) -> list[Tensor]:
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for index, t in enumerate(listed):
         if not isinstance(t, Tensor):
-            raise InputError(f"expected a tensor or a list of tensors, got {type(t).__name__} at position {index}")
+            remedy = "; for a gradient that this rank does not have pass zeros" if t is None else ""
+            raise InputError(
+                f"expected a tensor or a list of tensors, got {type(t).__name__} at position {index}{remedy}"
+            )
     return [t.detach() if t.requires_grad else t for t in listed]
 
 

@@ -62,7 +62,7 @@ def clip_grad_norm_(
             f"{total.item()}; some rank has a gradient that is not finite: error_if_nonfinite=False lets the optimizer "
             "skip the step"
         )
-    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # torch's own rule
+    factor = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)  # torch's own rule
     for place, listed in _by_device([g for g in gradients if g.layout == torch.strided]).items():
         torch._foreach_mul_(listed, factor.to(place))
     for gradient in gradients:

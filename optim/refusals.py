@@ -29,9 +29,10 @@ def check_parameters(owner: str, params: Sequence[Tensor]) -> None:
         )
     for index, p in enumerate(params):
         if p.dtype not in DTYPES or p.layout != torch.strided:
+            layout = "" if p.layout == torch.strided else f" with layout {p.layout}"
             raise InputError(
                 f"{owner}: parameter {index} must be dense float32, bfloat16 or float16, got "
-                f"{describe(p)} with layout {p.layout}; leave it out or convert it"
+                f"{describe(p)}{layout}; leave it out or convert it"
             )
 
 

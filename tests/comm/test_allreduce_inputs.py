@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from onebit.comm import Backend, CompressedAllreduce, InputError, run_threads
+from onebit.comm import Backend, CompressedAllreduce, InputError, compressed_allreduce, run_threads
+from onebit.compress import SignCodec
 from tests.comm.samples import bits, normal
 
 
@@ -54,7 +55,11 @@ def test_other_tensors_than_it_was_made_for_are_refused_and_nothing_changes() ->
             assert all(bool((t == 1).all()) for t in tensors)
         with pytest.raises(InputError, match="expected a tensor or a list of tensors, got str at position 1"):
             reduce([torch.ones(5), "x"])  # type: ignore[list-item]
+        with pytest.raises(InputError, match=r"got NoneType at position 1; for a gradient .* pass zeros"):
+            reduce([torch.ones(5), None])  # type: ignore[list-item]
         assert reduce.stats.calls == 0
         assert float(reduce.residual.norm()) == 0.0
+        with pytest.raises(InputError, match=r"residual must be .* got SignCodec; .* codec= and backend="):
+            compressed_allreduce(torch.ones(5), SignCodec(), backend=backend)  # type: ignore[arg-type]
 
     run_threads(2, check)

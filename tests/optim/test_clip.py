@@ -182,6 +182,13 @@ def over_gloo(backend: Backend) -> tuple[float, list[Any]]:
     return float(total), clipped(params)
 
 
+def test_a_number_in_a_string_is_taken_as_torch_takes_it() -> None:
+    of_string, of_number = given(0), given(0)
+    clip_grad_norm_(of_string, "0.5")  # type: ignore[arg-type]
+    clip_grad_norm_(of_number, 0.5)
+    assert clipped(of_string) == clipped(of_number)
+
+
 @pytest.mark.slow
 def test_processes_over_gloo_agree_as_threads_do() -> None:
     assert run_ranks("gloo", 2, over_gloo) == run_threads(2, over_gloo)
