@@ -1,5 +1,6 @@
 """Optimizers that average over ranks in about one bit per parameter, as thin consumers of `onebit.comm`."""
 
+from onebit.optim import roots  # noqa: F401  # before any step
 from onebit.optim.base import CompressedOptimizer
 from onebit.optim.clip import clip_grad_norm_
 from onebit.optim.cpu_adam import CPUAdam
