@@ -42,7 +42,9 @@ class Steps:
         self.skipped = 0
 
     def make(self, exchange_all: Callable[[list[Exchange]], None], *, on_device: bool = True) -> None:
-        """Make a step, or skip it; nothing is changed if it raises.
+        """Make a step, or skip it; nothing is changed if it raises before the first group's is made.
+
+        What raises between two groups', which only an interrupt does, leaves some with the step and others without.
 
         Args:
             exchange_all: fills a list with the exchanges of all groups, in order; they are undone if it raises.
