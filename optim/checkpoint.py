@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
 from onebit.comm import agree
 from onebit.compress import InputError
 from onebit.optim.base import CompressedOptimizer
+from onebit.optim.common_facts import state_facts
 from onebit.optim.elastic import reshard
-from onebit.optim.local_steps import RATE
-from onebit.optim.replicas import checksums
-from onebit.optim.state_keys import ALWAYS, EXTRA, PER_RANK_IN_INTERVAL, SHAPED, SLICES, STEP
+from onebit.optim.state_keys import EXTRA, SLICES, STEP
 
 VERSION = 1
 _NAME = re.compile(r"rank-(\d+)-of-(\d+)\.pt")
@@ -139,16 +137,7 @@ def _facts(state: Mapping[str, Any]) -> dict[str, str]:
     facts = {f"the step of group {g}": str(group.get(STEP)) for g, group in enumerate(state["param_groups"])}
     sliced = SLICES in state.get(EXTRA, {})
     facts["the state"] = "in slices" if sliced else "whole"
-    tensors: dict[str, Tensor] = {}
-    for index, entry in state["state"].items():
-        apart = SHAPED if sliced else PER_RANK_IN_INTERVAL if RATE in entry else frozenset()
-        for key in sorted((ALWAYS & entry.keys()) - apart):
-            name = f"{key} of parameter {index}"
-            if isinstance(entry[key], Tensor):
-                tensors[name] = entry[key]
-            else:
-                facts[name] = str(entry[key])
-    return {**facts, **dict(zip(tensors, checksums(list(tensors.values())), strict=True))}
+    return facts | state_facts({f"parameter {index}": entry for index, entry in state["state"].items()}, sliced)
 
 
 def _paths(folder: Path, rank: int, size: int, *, of_all: bool = False) -> tuple[int, dict[int, Path]]:
