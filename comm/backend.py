@@ -144,6 +144,9 @@ class Backend(ABC):
         self.traffic = Traffic()
         self._order = Order()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank={self.rank}, size={self.size}, timeout={self.timeout})"
+
     def all_to_all(self, output: Tensor, input: Tensor) -> Work:
         """Start sending piece i of `input` to rank i; piece i of `output` comes from rank i.
 

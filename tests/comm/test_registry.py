@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from onebit.comm import registry
+from onebit.comm import registry, run_threads
 from onebit.comm.backend import DEFAULT_TIMEOUT
 from onebit.comm.errors import BackendError
 from onebit.comm.registry import BACKENDS, make_backend
@@ -220,3 +220,10 @@ def test_mpi_that_sees_one_rank_where_a_launcher_started_two() -> None:
         [sys.executable, "-c", FIND_MPI_ALONE], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_backend_says_which_rank_it_is_when_it_is_printed() -> None:
+    assert [("rank=0, size=2" in text, "rank=1, size=2" in text) for text in run_threads(2, repr)] == [
+        (True, False),
+        (False, True),
+    ]
