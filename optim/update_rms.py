@@ -38,10 +38,11 @@ def update_sizes(optimizer: Sharding) -> Metrics:
             sums[place] += update.square().sum()
         squares += sums
         numels += [state[VARIANCE].numel() for state in known.states]
-    means = [float(total) / numel for total, numel in zip(squares, numels, strict=True) if numel]
+    totals = [float(total) for total in squares]  # waits for the device, and then no more
+    means = [total / numel for total, numel in zip(totals, numels, strict=True) if numel]
     if not means:
         return {}
-    whole = sum(map(float, squares)) / sum(numels)
+    whole = sum(totals) / sum(numels)
     return {"update_rms": whole**0.5, "largest_update_rms": max(means) ** 0.5}
 
 

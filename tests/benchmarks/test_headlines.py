@@ -109,7 +109,7 @@ def test_every_headline_that_has_a_result_has_a_figure() -> None:
     found = report.newest(RESULTS)
     for headline in headlines.HEADLINES:
         results = found.get(headline.result, [])
-        figures = [headline.pick(result) for result in results]
+        figures = [headline.figure(result) for result in results]
         assert not results or any(figures), f"{headline}: nothing is found in {headline.result}"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from onebit.comm import Backend
-from onebit.optim import OnebitAdam
+from onebit.optim import CompressedOptimizer, OnebitAdam
 from tests.comm.samples import bits, state_bits, strided
 
 Gradients = list[Tensor | None]
@@ -44,6 +44,11 @@ def parameters(
     return [Parameter(strided(values(i, shape=shape).to(dtype), s)) for i, (shape, s) in enumerate(shapes)]
 
 
+def in_rows() -> list[Parameter]:
+    """The same start with row-major strides, which not all of `parameters` have."""
+    return [Parameter(p.detach().contiguous()) for p in parameters()]
+
+
 def mixed(indices: Sequence[int] = range(len(SHAPES))) -> list[Parameter]:
     """Parameters of all shapes and dtypes, fp32, bf16 and fp16."""
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float16)
@@ -58,6 +63,11 @@ def gradients(params: Sequence[Tensor], rank: int, step: int) -> Gradients:
         g = 0.5 * values(7, i, step, shape=shape) + values(8, i, step, rank, shape=shape)
         made.append((g * 10.0 ** (i % 3 - 1)).to(p.dtype))
     return made
+
+
+def strided_too(params: Sequence[Tensor], rank: int, step: int) -> Gradients:
+    """The same gradients with the strides of their parameters."""
+    return [torch.empty_like(p).copy_(g) for p, g in zip(params, gradients(params, rank, step), strict=True)]
 
 
 def patchy(params: Sequence[Tensor], rank: int, step: int) -> Gradients:
@@ -145,14 +155,15 @@ FREEZE_SOON: dict[str, Any] = {"freeze_step": 4, "lr": 1e-2}
 def run(
     backend: Backend,
     steps: int,
-    observe: Callable[[OnebitAdam], Any],
+    observe: Callable[[Any], Any],
     given: Callable[[Sequence[Tensor], int, int], Gradients],
     start: Callable[[], list[Parameter]],
     options: Mapping[str, Any],
+    kind: Callable[..., CompressedOptimizer] = OnebitAdam,
 ) -> list[Any]:
-    """Make steps on one rank; returns what was observed after each."""
+    """Make steps on one rank; returns what was observed of the optimizer, one of such a kind, after each."""
     params = start()
-    optimizer = OnebitAdam(params, backend=backend, **options)
+    optimizer = kind(params, backend=backend, **options)
     seen = []
     for number in range(steps):
         step(optimizer, given(params, backend.rank, number))

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from onebit.comm import Backend, run_threads
 from onebit.compress import SignCodec
@@ -19,11 +17,13 @@ from tests.optim.samples import (
     all_params,
     contents,
     gradients,
+    in_rows,
     mixed,
     parameters,
     patchy,
     run,
     step,
+    strided_too,
 )
 
 
@@ -59,12 +59,6 @@ def test_bucket_size_and_order_of_registration_change_no_bit(world_size: int, co
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_strides_of_parameters_and_gradients_change_no_bit(world_size: int) -> None:
-    def in_rows() -> list[Parameter]:
-        return [Parameter(p.detach().contiguous()) for p in parameters()]
-
-    def strided_too(params: Sequence[Tensor], rank: int, number: int) -> Gradients:
-        return [torch.empty_like(p).copy_(g) for p, g in zip(params, gradients(params, rank, number), strict=True)]
-
     expected = run_threads(world_size, run, 8, contents, gradients, in_rows, FREEZE_SOON)
     assert not all(p.is_contiguous() for p in parameters())
     for given in (gradients, strided_too):

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 from torch import Tensor
-from torch.nn import Parameter
 
 from onebit.comm import Backend, run_threads
 from onebit.optim import OnebitLamb
 from tests.comm.samples import bits
 from tests.optim.lamb_runs import PUBLISHED, SOON, everything, of_threads
-from tests.optim.samples import Gradients, contents, gradients, mixed, parameters, patchy, step
+from tests.optim.samples import Gradients, contents, gradients, in_rows, mixed, parameters, patchy, step
 
 
 @pytest.mark.parametrize("options", [{"master_weights": True}, PUBLISHED], ids=["masters", "factor"])
@@ -49,9 +48,6 @@ def test_bucket_size_and_order_of_registration_change_no_bit(world_size: int, fa
 
 
 def test_strides_of_parameters_change_no_bit() -> None:
-    def in_rows() -> list[Parameter]:
-        return [Parameter(p.detach().contiguous()) for p in parameters()]
-
     assert not all(p.is_contiguous() for p in parameters())
     for options in (SOON, {**SOON, **PUBLISHED}):
         assert of_threads(2, 8, contents, **options) == of_threads(2, 8, contents, start=in_rows, **options)

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from onebit.comm import Backend, run_threads
 from onebit.optim import ZeroOneAdam
 from tests.comm.launcher import needs_mpi, run_ranks
 from tests.comm.samples import bits
-from tests.optim.samples import Gradients, checksum, contents, gradients, mixed, parameters, step
+from tests.optim.samples import Gradients, checksum, contents, gradients, in_rows, mixed, parameters, step, strided_too
 from tests.optim.zero_one_runs import KINDS, SOON, mostly, run, saved
 
 
@@ -48,12 +47,6 @@ def test_bucket_size_and_order_of_registration_change_no_bit(world_size: int) ->
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_strides_of_parameters_and_gradients_change_no_bit(world_size: int) -> None:
-    def in_rows() -> list[Parameter]:
-        return [Parameter(p.detach().contiguous()) for p in parameters()]
-
-    def strided_too(params: Sequence[Tensor], rank: int, number: int) -> Gradients:
-        return [torch.empty_like(p).copy_(g) for p, g in zip(params, gradients(params, rank, number), strict=True)]
-
     expected = run_threads(world_size, run, 20, contents, gradients, in_rows)
     for given in (gradients, strided_too):
         assert run_threads(world_size, run, 20, contents, given) == expected

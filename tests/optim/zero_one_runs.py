@@ -10,7 +10,8 @@ from torch.nn import Parameter
 
 from onebit.comm import Backend
 from onebit.optim import ZeroOneAdam
-from tests.optim.samples import Gradients, all_params, gradients, parameters, patchy, step
+from tests.optim import samples
+from tests.optim.samples import Gradients, all_params, gradients, parameters, patchy
 
 # Variance steps 1, 2, 3, 5, 7; gaps of 1 up to step 11, then of 2, of 4 from 15 on.
 SOON: dict[str, Any] = {
@@ -33,13 +34,7 @@ def run(
     options: Mapping[str, Any] = SOON,
 ) -> list[Any]:
     """Make steps on one rank; returns what was observed after each."""
-    params = start()
-    optimizer = ZeroOneAdam(params, backend=backend, **options)
-    seen = []
-    for number in range(steps):
-        step(optimizer, given(params, backend.rank, number))
-        seen.append(observe(optimizer))
-    return seen
+    return samples.run(backend, steps, observe, given, start, options, ZeroOneAdam)
 
 
 def saved(optimizer: ZeroOneAdam) -> list[dict[str, Any]]:
