@@ -93,11 +93,14 @@ def adam_kernels() -> None:
         optimizer.step()
 
 
-def exchange_kernel() -> None:
+def peer_kernels() -> None:
     """One rank with itself: the tools let kernels run one after the other, and two would wait for each other."""
     peers: Any = importlib.import_module("tests.gpu.test_peer_memory")
     for nbytes, skew in ((33_792, 0), (5000, 1)):
         peers.test_every_rank_gets_a_piece_of_every_rank(1, nbytes, skew, True)
+    buffers: Any = importlib.import_module("tests.gpu.test_peer_buffers")
+    for piece in buffers.PIECES:
+        buffers.test_every_rank_gets_a_piece_of_every_rank(1, piece, True)
 
 
 def main() -> None:
@@ -114,7 +117,7 @@ def main() -> None:
         return function(file, kernel, device)
 
     module._function = noted  # type: ignore[assignment]
-    for run in (codec_kernels, quantized_kernels, step_kernels, adam_kernels, exchange_kernel):
+    for run in (codec_kernels, quantized_kernels, step_kernels, adam_kernels, peer_kernels):
         run()
         torch.cuda.synchronize()
     print(len(names), "kernels were run")

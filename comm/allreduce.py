@@ -218,5 +218,5 @@ def compressed_allreduce(
     Raises:
         InputError, MismatchError, BackendError, TransportError: as `CompressedAllreduce`.
     """
-    CompressedAllreduce(tensor, backend, codec, residual=residual)(tensor)
+    CompressedAllreduce.for_one_call(tensor, backend, codec, residual=residual)(tensor)
     return tensor

@@ -194,6 +194,17 @@ class Backend(ABC):
             )
         return self._collective("all_gather", output, input, _nbytes(input) * (self.size - 1))
 
+    def buffer(self, bytes: int, device: torch.device) -> Tensor:
+        """Return memory for the output of a collective that is prepared once and made often; collective.
+
+        Args:
+            bytes: of the output; the same on every rank.
+
+        Returns:
+            (bytes,) uint8 of zeros on `device`: any memory, unless a transport has some that it fills sooner.
+        """
+        return torch.zeros(bytes, dtype=torch.uint8, device=device)
+
     def all_reduce(self, tensor: Tensor) -> Work:
         """Start summing `tensor` over all ranks in place; every rank gets the same bits.
 

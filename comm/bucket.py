@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Bucket:
         server: (layout.chunk_numel,) fp32, updated in place; None: no error is kept.
         device: where the tensors are.
         gathered: (ranks · payload_bytes,) uint8, what phase 2 brings; None: a new buffer.
+        lasting: it is worth while to have the backend's own memory for what comes.
 
     Attributes:
         part: what others see of it.
@@ -51,14 +53,17 @@ class Bucket:
         server: Tensor | None,
         device: torch.device,
         gathered: Tensor | None = None,
+        lasting: bool = True,
     ) -> None:
         self._operators = operators
         self._rank = backend.rank
         self.server = server
         ranks, size = backend.size, layout.payload_bytes
-        sent, self._received = torch.zeros(2, ranks * size, dtype=torch.uint8, device=device)
+        sent = torch.zeros(ranks * size, dtype=torch.uint8, device=device)
+        new = partial(backend.buffer, sent.numel(), device) if lasting else partial(torch.zeros_like, sent)
+        self._received = new()
         if gathered is None:
-            gathered = torch.zeros_like(sent)
+            gathered = new()
         self.payloads = self._received.view(ranks, size)
         self.mine = torch.zeros(size, dtype=torch.uint8, device=device)
         self._all_to_all = backend.prepare_all_to_all(self._received, sent)

@@ -126,7 +126,7 @@ class CarriedNode(Node):
         inside = levels.inside
         given, received = torch.zeros(2, layout.padded_numel, device=device)
         gathered = torch.zeros(layout.chunks * layout.payload_bytes, dtype=torch.uint8, device=device)
-        own = torch.zeros(gathered.numel() // inside.size, dtype=torch.uint8, device=device)
+        own = levels.between.buffer(gathered.numel() // inside.size, device)
         self._inside = inside
         self._given, self._received = given, received
         self._chunks = given.view(layout.chunks, -1).unbind()

@@ -1,8 +1,9 @@
-"""Small collectives of the GPUs of one machine by one kernel each, through memory that all of them can write to.
+"""Collectives of the GPUs of one machine by one kernel each, through memory that all of them can write to.
 
-NCCL takes longer to be told of a small collective than to make it. Where all ranks of a group are on one machine and
-their GPUs reach each other's memory, `comm.gpu.exchange` moves the bytes instead, with no call of NCCL. The memory, and
-how others come by it, is PyTorch's symmetric memory.
+NCCL takes longer to be told of a small collective than to make it, and it moves large payloads through buffers of its
+own. Where all ranks of a group are on one machine and their GPUs reach each other's memory, `comm.gpu.exchange` moves
+small pieces instead, and `comm.gpu.push` large ones, straight to where they are wanted. The memory, and how others come
+by it, is PyTorch's symmetric memory.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,15 +22,18 @@ from torch import Tensor
 from onebit.comm.backend import Collective, Handle
 from onebit.comm.numbers import gather_numbers
 from onebit.compress.kernels import kernels_for
+from onebit.compress.layout import ALIGNMENT
 
 if TYPE_CHECKING:
     from onebit.comm.gpu.exchange import Exchange
+    from onebit.comm.gpu.push import Push
     from onebit.comm.torch_backend import TorchBackend
 
 _log = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 SWITCH = "ONEBIT_PEER_MEMORY"  # "0" in the environment of any rank: NCCL for all
-LARGEST = 5 << 19  # bytes of a collective's output, such as the signs of 19 Mi numbers; beyond, NCCL starts soon enough
+LARGEST = 5 << 19  # bytes of a small collective's output, such as the signs of 19 Mi numbers
 
 _retired: list[Any] = []  # memory that nobody needs, but that a kernel may still be using
 
@@ -43,6 +49,7 @@ class PeerMemory:
         self._backend = weakref.ref(backend)
         self._given_up = torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
         self._seen = self._given_up.numpy()  # the same memory, looked at before every collective
+        self._pushes: dict[int, Push] = {}
         self.refusal: str | None = None
 
     @property
@@ -65,9 +72,39 @@ class PeerMemory:
             None, on all ranks alike, where NCCL is to be used; `refusal` says why if it is for any size.
         """
         backend = self._backend()
-        if backend is None or self.refusal is not None or bytes * backend.size > LARGEST:
+        if backend is None or bytes * backend.size > LARGEST:
             return None
-        self._agree(backend, _refusal(backend))
+        return self._mapped(backend, lambda: _make(backend, bytes, pieces, self._given_up))
+
+    def buffer(self, bytes: int) -> Tensor | None:
+        """Memory for large outputs of collectives, zeros; collective, and the host waits for the other ranks.
+
+        Args:
+            bytes: of the output, from all ranks together.
+
+        Returns:
+            (bytes,) uint8, of which `push_to` knows as long as it is kept; None, on all ranks alike, where any other
+            memory will do.
+        """
+        backend = self._backend()
+        if backend is None or bytes <= LARGEST or bytes % (ALIGNMENT * backend.size):
+            return None
+        return self._mapped(backend, lambda: _make_buffer(backend, bytes, self._given_up, self._pushes))
+
+    def push_to(self, output: Tensor) -> Push | None:
+        """What fills `output` on all ranks, if it is a whole `buffer`."""
+        push = self._pushes.get(output.data_ptr())
+        return push if push is not None and push.bytes == output.nbytes else None
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """For collectives beside others' work; its kernels go first, for they are few and others wait for them."""
+        return torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+
+    def _mapped(self, backend: TorchBackend, make: Callable[[], Made]) -> Made | None:
+        """What `make` makes, if it can on all ranks; or the reason in `refusal`."""
+        if self.refusal is None:
+            self._agree(backend, _refusal(backend))
         if self.refusal is not None:
             return None
         made, problem = None, None
@@ -75,7 +112,7 @@ class PeerMemory:
             torch.cuda.synchronize()
             _retired.clear()
             try:
-                made = _make(backend, bytes, pieces, self._given_up)
+                made = make()
             except Exception as error:  # whatever PyTorch raises where the driver does not do it
                 problem = f"symmetric memory: {error}"
         self._agree(backend, problem)
@@ -96,9 +133,10 @@ class PeerMemory:
 
 
 class PeerCollective(Collective):
-    """A collective over NCCL, but through peers' memory where it is small and nothing else is to run until `wait`.
+    """A collective over NCCL, but through peers' memory where its output is a `PeerMemory.buffer`, or small.
 
-    The first start is NCCL's: milliseconds to map memory are not worth it for what is made once.
+    A small one takes that way if nothing else is to run until `wait`. Its first start is NCCL's: milliseconds to map
+    memory are not worth it for what is made once.
     """
 
     def __init__(
@@ -106,10 +144,14 @@ class PeerCollective(Collective):
     ) -> None:
         super().__init__(backend, operation, output, input, wire_bytes)
         self._peers = peers
+        self._push = peers.push_to(output)
         self._exchange: Exchange | None = None
         self._used, self._asked = False, False
 
     def _launch(self, in_line: bool) -> Handle | None:
+        if self._push is not None:
+            self._backend.check()
+            return self._pushed(self._push, in_line)
         if not in_line or not self._used:
             self._used = True
             return super()._launch(in_line)
@@ -122,6 +164,26 @@ class PeerCollective(Collective):
         self._backend.check()
         self._exchange(self._output, self._input, self._backend.timeout)
         return None
+
+    def _pushed(self, push: Push, in_line: bool) -> Handle | None:
+        if in_line:
+            push(self._input, self._backend.timeout, alone=True)
+            return None
+        side = self._peers.stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            push(self._input, self._backend.timeout, alone=False)
+        return _Beside(side.record_event())
+
+
+class _Beside:
+    """What another stream has come to."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self, timeout: float) -> None:
+        self._event.wait()  # the current stream does, not the host
 
 
 def _refusal(backend: TorchBackend) -> str | None:
@@ -147,15 +209,36 @@ def _machine() -> int:
 
 
 def _make(backend: TorchBackend, bytes: int, pieces: int, given_up: Tensor) -> Exchange:
-    from torch.distributed import _symmetric_memory
-
     from onebit.comm.gpu.exchange import Exchange, mailbox_bytes
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    size = mailbox_bytes(bytes, backend.size)
-    memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
-    torch.cuda.synchronize()
-    shared = _symmetric_memory.rendezvous(memory, backend.group)
+    memory, shared, device = _share(backend, mailbox_bytes(bytes, backend.size))
     exchange = Exchange(shared.buffer_ptrs_dev, backend.rank, backend.size, bytes, pieces, given_up, device)
     weakref.finalize(exchange, _retired.append, (memory, shared, exchange._state, given_up)).atexit = False
     return exchange
+
+
+def _make_buffer(backend: TorchBackend, bytes: int, given_up: Tensor, pushes: dict[int, Push]) -> Tensor:
+    """The memory; what fills it is in `pushes` by its address, as long as somebody keeps it."""
+    from onebit.comm.gpu.push import Push, memory_bytes
+
+    memory, shared, device = _share(backend, memory_bytes(bytes))
+    push = Push(shared.buffer_ptrs_dev, backend.rank, backend.size, bytes, given_up, device)
+    buffer, address = memory[:bytes], memory.data_ptr()
+    pushes[address] = push
+
+    def retire(*kept: Any) -> None:
+        del pushes[address]
+        _retired.append(kept)
+
+    weakref.finalize(buffer, retire, memory, shared, push, given_up).atexit = False
+    return buffer
+
+
+def _share(backend: TorchBackend, size: int) -> tuple[Tensor, Any, torch.device]:
+    """(size,) uint8, zeros on every rank; where every rank's are; and this rank's device."""
+    from torch.distributed import _symmetric_memory
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
+    torch.cuda.synchronize()
+    return memory, _symmetric_memory.rendezvous(memory, backend.group), device

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from onebit.compress.codec import Codec, as_codec
 from onebit.compress.errors import InputError
 from onebit.compress.layout import Layout
 
+Made = TypeVar("Made", bound="Planned")
+
 
 class Planned:
     """The base of averages over a fixed list of tensors; collective to make.
@@ -41,6 +44,8 @@ class Planned:
         modes: ``"compressed"`` or ``"plain"`` for each bucket, the same on every rank.
         stats: bytes and times so far.
     """
+
+    _lasting = True  # made for many calls
 
     def __init__(
         self,
@@ -89,6 +94,14 @@ class Planned:
         self._buckets = self._make_buckets(layouts)
         self._masks: Sequence[Tensor] | None = None
         self._staging: dict[int, Tensor] = {}
+
+    @classmethod
+    def for_one_call(cls: type[Made], *arguments: Any, **named: Any) -> Made:
+        """Make one that is soon made and soon forgotten."""
+        made = cls.__new__(cls)
+        made._lasting = False
+        cls.__init__(made, *arguments, **named)
+        return made
 
     def set_mask(self, masks: Sequence[Tensor] | None) -> None:
         """Take elements out of the average from now on: they are sent as nothing, hold no residual and become 0.
@@ -152,7 +165,8 @@ class Planned:
                 TwoLevelBucket(operators, layout, self.levels, node, worker, server, device)
                 for layout, node, (worker, server) in parts
             ]
-        kinds = [PlainBucket if mode == "plain" else Bucket for mode in self.modes]
+        compressed = partial(Bucket, lasting=self._lasting)
+        kinds = [PlainBucket if mode == "plain" else compressed for mode in self.modes]
         flat = zip(kinds, layouts, residuals, strict=True)
         return [
             kind(operators, layout, self.backend, worker, server, device) for kind, layout, (worker, server) in flat

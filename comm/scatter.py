@@ -353,7 +353,7 @@ def compressed_reduce_scatter(
     Raises:
         InputError, MismatchError, BackendError, TransportError: as `CompressedReduceScatter`.
     """
-    return CompressedReduceScatter(tensor, backend, codec, residual=residual)(tensor)
+    return CompressedReduceScatter.for_one_call(tensor, backend, codec, residual=residual)(tensor)
 
 
 def compressed_all_gather(
@@ -378,5 +378,5 @@ def compressed_all_gather(
     Raises:
         InputError, MismatchError, BackendError, TransportError: as `CompressedAllGather`.
     """
-    CompressedAllGather(out, backend, codec, residual=residual)(shard, out)
+    CompressedAllGather.for_one_call(out, backend, codec, residual=residual)(shard, out)
     return out

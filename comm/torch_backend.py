@@ -47,10 +47,10 @@ class TorchBackend(Backend):
     when the group is made, that is left to `Watch`: steps that the device has been told to make, and hosts that wait in
     one, then end at the time limit, and the next use of the backend raises TransportError.
 
-    Small all_to_all and all_gather that are started in line go through `peers`, memory that all GPUs of a machine can
-    write to, where they can; ``ONEBIT_PEER_MEMORY=0`` in the environment leaves all to NCCL. One that waits for a peer
-    beyond the time limit ends by itself: what it brings then is NaN to every codec, so that no step is made of it, and
-    the next use of the backend raises TransportError.
+    all_to_all and all_gather go through `peers`, memory that all GPUs of a machine can write to, where they can: small
+    ones that are started in line, and those whose output is a `buffer`. ``ONEBIT_PEER_MEMORY=0`` in the environment
+    leaves all to NCCL. One that waits for a peer beyond the time limit ends by itself: what it brings then is NaN to
+    every codec, so that no step is made of it, and the next use of the backend raises TransportError.
 
     Args:
         group: the process group; None: the default group.
@@ -144,6 +144,10 @@ class TorchBackend(Backend):
         part = TorchBackend(group, str(self.device_type), None if self.name == "nccl" else self.timeout)
         self._parts.add(part)
         return part
+
+    def buffer(self, bytes: int, device: torch.device) -> Tensor:
+        made = self.peers.buffer(bytes) if self.peers is not None and device.type == "cuda" else None
+        return super().buffer(bytes, device) if made is None else made
 
     def _collective(self, operation: str, output: Tensor, input: Tensor, wire_bytes: int) -> Collective:
         if self.peers is None:

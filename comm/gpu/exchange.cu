@@ -4,14 +4,10 @@
 // and after each four the number of the exchange, so that who sees the number has the bytes, and nobody has to be told
 // that they are there. Exchanges take the two places in turns: who is one ahead disturbs nobody, and nobody can be two
 // ahead, for in between each waits for all others. (The lines are those of NCCL's protocol for small messages, "LL".)
-#include "block.cuh"
-
-typedef unsigned long long u64;
+#include "patience.cuh"
 
 constexpr int MOST_RANKS = 8;  // as in exchange.py
 constexpr int UNIT = 8;        // bytes of a piece in a line
-constexpr int POLLS = 64;      // between two looks at the clock
-constexpr u64 LOOK = 10000000; // nanoseconds between two looks at memory of the host, which thousands of threads would jam
 
 __device__ __forceinline__ void send(uint4* line, u64 unit, u32 number) {
     asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(line), "r"((u32)unit), "r"(number),
@@ -30,32 +26,10 @@ __device__ __forceinline__ bool came(const uint4* line, u32 number, u64& unit) {
     return seen.y == number && seen.w == number;
 }
 
-__device__ __forceinline__ u64 nanoseconds() {
-    u64 now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
-}
-
-// Whether this rank still waits for others. The device's flag is for the kernels to come, the host's for who looks there.
-struct Patience {
-    volatile int *given_up, *told;
-    u64 limit;  // nanoseconds
-};
-
 // The unit that a line brings; all bits set, so that scales say NaN, once this rank has given up.
 __device__ __forceinline__ u64 receive(const uint4* line, u32 number, Patience patience) {
-    u64 unit, start = nanoseconds(), look = LOOK;
-    while (true) {
-        for (int i = 0; i < POLLS; ++i)
-            if (came(line, number, unit)) return unit;
-        u64 waited = nanoseconds() - start;
-        if (waited > patience.limit) *patience.told = 1;
-        if (waited > look || waited > patience.limit) {
-            look += LOOK;
-            if (*patience.told) *patience.given_up = 1;
-        }
-        if (*patience.given_up) return ~0ull;
-    }
+    u64 unit;
+    return wait_until([&] { return came(line, number, unit); }, patience) ? unit : ~0ull;
 }
 
 // A unit of a piece, of which `count` bytes are the piece's; `whole`: it can be loaded and stored at once.

@@ -201,7 +201,7 @@ def run_plain(backend: Backend, given: Tensor) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         x = given.clone()
-        reduce.start(x).wait()  # beside the stream, so by NCCL
+        reduce.start(x).wait()  # beside the stream, and small, so by NCCL
         return x
 
     return run
@@ -287,8 +287,8 @@ def test_without_a_peer_the_mean_is_nan_and_the_next_use_raises() -> None:
     assert LIMIT * 0.9 < took < 20 * LIMIT
 
 
-def check_large(backend: Backend) -> list[bool]:
-    """Whether averages, of more and of less than the limit, use peers' memory."""
+def check_large(backend: Backend) -> list[tuple[bool, bool]]:
+    """Whether averages, of more and of less than the limit, send their payloads by the kernel for small pieces."""
     used = []
     for numel in (16 * LARGEST, LARGEST):
         x = normal(backend.rank, numel=numel).cuda()
@@ -297,10 +297,10 @@ def check_large(backend: Backend) -> list[bool]:
             reduce(x)
         collective = reduce._buckets[0]._all_to_all
         assert isinstance(collective, PeerCollective)
-        used.append(collective._exchange is not None)
+        used.append((collective._exchange is not None, collective._push is not None))
     return used
 
 
 @two_devices
-def test_large_ones_are_left_to_nccl() -> None:
-    assert run_ranks("nccl", 2, check_large) == [[False, True]] * 2
+def test_large_pieces_take_the_way_for_large_pieces() -> None:
+    assert run_ranks("nccl", 2, check_large) == [[(False, True), (True, False)]] * 2
