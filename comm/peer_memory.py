@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 SWITCH = "ONEBIT_PEER_MEMORY"  # "0" in the environment of any rank: NCCL for all
-LARGEST = 5 << 19  # bytes of a small collective's output, such as the signs of 19 Mi numbers
+LARGEST = 3 << 18  # bytes of a small collective's output, such as the signs of 6 Mi numbers
 
 _retired: list[Any] = []  # memory that nobody needs, but that a kernel may still be using
 

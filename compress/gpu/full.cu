@@ -3,6 +3,7 @@
 #include "full.cuh"
 
 constexpr int BYTES = TILE / 8;  // of signs per block
+constexpr int TOGETHER = 4;      // payloads whose words are loaded before the first is used
 
 template <typename T, bool MASKED>
 __device__ __forceinline__ void encode_full(
@@ -56,28 +57,31 @@ __device__ __forceinline__ void reduce_encode(
     for (; warp < n; warp += all_warps(), block = next) {
         if (warp + all_warps() < n) next = entries[warp + all_warps()].block % (int)chunk_blocks;
         float* r = residual + (i64)block * TILE;
+        prefetch(r + LINE / 4 * lane);
         float c[32];
         u32 masked = mask_word<MASKED>(mask, block, lane);
         const u32* words = reinterpret_cast<const u32*>(payloads + (i64)block * BYTES) + word_of_lane(lane);
         const float* scales = reinterpret_cast<const float*>(payloads + bits_bytes) + block;
         i64 stride = payload_bytes / 4;
-        u32 next_bits = words[0];
-        float next_scale = scales[0];
-        for (int rank = 0; rank < (int)ranks; rank++) {
-            u32 bits = next_bits;
-            float share = __fdiv_rn(next_scale, float((int)ranks));
-            if (rank + 1 < (int)ranks) {
-                next_bits = words[(rank + 1) * stride];
-                next_scale = scales[(rank + 1) * stride];
-            }
-            bits = ~transpose_nibbles(bits, lane);
-            if (rank == 0) {
 #pragma unroll
-                for (int i = 0; i < 32; i++) c[i] = flipped(share, bits, i);
-            } else {
+        for (int i = 0; i < 32; i++) c[i] = -0.0f;  // adding to it changes nothing, not even the sign of a zero
+        for (int first = 0; first < (int)ranks; first += TOGETHER) {
+            u32 bits[TOGETHER];
+            float scale[TOGETHER];
 #pragma unroll
-                for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], flipped(share, bits, i));
+            for (int k = 0; k < TOGETHER; k++) {
+                i64 at = min(first + k, (int)ranks - 1) * stride;  // no branch: no load is moved before one
+                bits[k] = words[at];
+                scale[k] = scales[at];
             }
+#pragma unroll
+            for (int k = 0; k < TOGETHER; k++)
+                if (first + k < (int)ranks) {
+                    float share = __fdiv_rn(scale[k], float((int)ranks));
+                    u32 negative_bits = ~transpose_nibbles(bits[k], lane);
+#pragma unroll
+                    for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], flipped(share, negative_bits, i));
+                }
         }
         float old[32];  // loaded as late as this, it leaves registers for more warps
 #pragma unroll
@@ -92,7 +96,7 @@ __device__ __forceinline__ void reduce_encode(
 }
 
 #define REDUCE(NAME, MASKED)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, MASKED ? 3 : 4) NAME(                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) NAME(                                            \
         const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, const u8* mask, u8* out, \
         i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, i64 squared) {                                   \
         reduce_encode<MASKED>(payloads, ranks, entries, n, residual, mask, out, chunk_blocks, bits_bytes,     \

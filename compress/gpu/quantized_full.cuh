@@ -108,6 +108,11 @@ __device__ __forceinline__ void reduce_encode_full(
             load_codes<F>(payloads + rank * sizes.payload_bytes + at, rows, lane);
             scale = scales[rank * stride];
         };
+        float* r = residual == nullptr ? nullptr : residual + block * TILE;
+        if (r != nullptr) prefetch(r + LINE / 4 * lane);
+        constexpr int LINES = TILE * F::BITS / 8 / LINE;
+        for (int line = 2 * LINES + lane; line < LINES * (int)ranks; line += 32)  // those of two ranks are loaded at once
+            prefetch(payloads + line / LINES * sizes.payload_bytes + at + LINE * (line % LINES));
         float sum[1][ROWS][4], scale, next_scale;
         typename F::row rows[ROWS], next[ROWS];
         auto add = [&](const typename F::row rows[ROWS], float scale) {
@@ -129,7 +134,6 @@ __device__ __forceinline__ void reduce_encode_full(
         }
         if ((int)ranks > 1) add(next, next_scale);
         if (ROTATE) hadamard<1>(sum, TILE, lane);
-        float* r = residual == nullptr ? nullptr : residual + block * TILE;
         add_residual(sum[0], r, lane);  // loaded as late as this, it leaves registers for more warps
         finish<F, ROTATE>(sum[0], r, out + at, scales_at(out, sizes) + block, rounding, lane);
     }
