@@ -1,9 +1,9 @@
 // The operators on blocks of 1024 real elements at aligned addresses, each with a scale of its own; kernels named _masked
 // are for those of which some element takes no part.
+#include "divider.cuh"
 #include "full.cuh"
 
 constexpr int BYTES = TILE / 8;  // of signs per block
-constexpr int TOGETHER = 4;      // payloads whose words are loaded before the first is used
 
 template <typename T, bool MASKED>
 __device__ __forceinline__ void encode_full(
@@ -46,13 +46,17 @@ ENCODE(encode_masked_f32, f32, true)
 ENCODE(encode_masked_bf16, bf16, true)
 ENCODE(encode_masked_f16, f16, true)
 
-template <bool MASKED>
+// RANKS is how many there are, a power of two; 0: `ranks` tells.
+template <int RANKS, bool MASKED>
 __device__ __forceinline__ void reduce_encode(
-    const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, const u8* mask, u8* out, i64 chunk_blocks,
+    const u8* payloads, int ranks, const Entry* entries, i64 n, float* residual, const u8* mask, u8* out, i64 chunk_blocks,
     i64 bits_bytes, i64 payload_bytes, bool squared) {
+    constexpr int TOGETHER = RANKS == 0 ? 4 : RANKS;  // payloads whose words are loaded before the first is used
+    if (RANKS != 0) ranks = RANKS;
     int lane = threadIdx.x & 31;
     i64 warp = warp_index();
     if (warp >= n) return;
+    Divider divider(ranks);
     int block = entries[warp].block % (int)chunk_blocks, next = 0;
     for (; warp < n; warp += all_warps(), block = next) {
         if (warp + all_warps() < n) next = entries[warp + all_warps()].block % (int)chunk_blocks;
@@ -65,19 +69,19 @@ __device__ __forceinline__ void reduce_encode(
         i64 stride = payload_bytes / 4;
 #pragma unroll
         for (int i = 0; i < 32; i++) c[i] = -0.0f;  // adding to it changes nothing, not even the sign of a zero
-        for (int first = 0; first < (int)ranks; first += TOGETHER) {
+        for (int first = 0; first < ranks; first += TOGETHER) {
             u32 bits[TOGETHER];
             float scale[TOGETHER];
 #pragma unroll
             for (int k = 0; k < TOGETHER; k++) {
-                i64 at = min(first + k, (int)ranks - 1) * stride;  // no branch: no load is moved before one
+                i64 at = min(first + k, ranks - 1) * stride;  // no branch: no load is moved before one
                 bits[k] = words[at];
                 scale[k] = scales[at];
             }
 #pragma unroll
             for (int k = 0; k < TOGETHER; k++)
-                if (first + k < (int)ranks) {
-                    float share = __fdiv_rn(scale[k], float((int)ranks));
+                if (first + k < ranks) {
+                    float share = RANKS == 0 ? divider.share(scale[k]) : __fmul_rn(scale[k], 1.0f / TOGETHER);
                     u32 negative_bits = ~transpose_nibbles(bits[k], lane);
 #pragma unroll
                     for (int i = 0; i < 32; i++) c[i] = __fadd_rn(c[i], flipped(share, negative_bits, i));
@@ -95,15 +99,18 @@ __device__ __forceinline__ void reduce_encode(
     }
 }
 
-#define REDUCE(NAME, MASKED)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3) NAME(                                            \
-        const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, const u8* mask, u8* out, \
-        i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, i64 squared) {                                   \
-        reduce_encode<MASKED>(payloads, ranks, entries, n, residual, mask, out, chunk_blocks, bits_bytes,     \
-            payload_bytes, squared != 0);                                                                     \
+#define REDUCE(NAME, RANKS, MASKED)                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, RANKS == 0 && !MASKED ? 4 : 3) NAME(                     \
+        const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, const u8* mask, u8* out,      \
+        i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes, i64 squared) {                                        \
+        reduce_encode<RANKS, MASKED>(payloads, (int)ranks, entries, n, residual, mask, out, chunk_blocks,          \
+            bits_bytes, payload_bytes, squared != 0);                                                              \
     }
-REDUCE(reduce_encode_full, false)
-REDUCE(reduce_encode_masked, true)
+REDUCE(reduce_encode_full, 0, false)
+REDUCE(reduce_encode_full_2, 2, false)
+REDUCE(reduce_encode_full_4, 4, false)
+REDUCE(reduce_encode_full_8, 8, false)
+REDUCE(reduce_encode_masked, 0, true)
 
 // A warp takes two blocks at a time: writing one hides the wait for the next one's few bytes.
 template <typename T>

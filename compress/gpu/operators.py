@@ -15,6 +15,7 @@ from onebit.compress.layout import Layout, ceil_div
 name = "gpu"
 
 _FUSED, _SUMS_ONLY, _GIVEN_SCALES = 0, 1, 2
+_RANKS = (2, 4, 8)  # for which there is a reduce_encode of its own
 MANY_BLOCKS = 1024  # of threads, as many as fill any device
 _BYTES_OF_SUMS = 16  # per block: two fp32 sums and an int64 count
 
@@ -58,7 +59,8 @@ def reduce_encode(
     source, rest = (payloads.data_ptr(), payloads.shape[0]), split.rest
     masked = chunk_mask(mask, layout, chunk)
     buffers = (address(residual), masked, out.data_ptr())
-    for blocks, kernel in ((split.full, "reduce_encode_full"), (split.masked, "reduce_encode_masked")):
+    full = "reduce_encode_full" + (f"_{source[1]}" if source[1] in _RANKS else "")
+    for blocks, kernel in ((split.full, full), (split.masked, "reduce_encode_masked")):
         if blocks.n:
             arguments = (blocks.address, blocks.n, *buffers, *sizes(layout), squared)
             launch("full.cu", kernel, out.device, 32 * blocks.n, *source, *arguments)

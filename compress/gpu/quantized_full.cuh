@@ -1,6 +1,7 @@
 // The quantizing codecs on blocks of 1024 real elements at aligned addresses that all take part: nearly all blocks. One
 // warp per block, straight code over 32 values per lane, so that all loads are under way at once.
 #pragma once
+#include "divider.cuh"
 #include "hadamard.cuh"
 #include "quantized_formats.cuh"
 #include "quantized_places.cuh"
@@ -75,24 +76,6 @@ __device__ __forceinline__ void encode_full(
     }
 }
 
-// Divides by a number of ranks as __fdiv_rn does, but for infinity, which becomes NaN, and without its branches: no load
-// is moved before one. In fp64, a reciprocal that is right to 45 bits and the remainder, which is exact, give a quotient
-// that is exact where fp64 has it and else wrong by 2^-52 of it at most. A quotient that does not itself lie halfway
-// between two numbers of fp32 is further from there, up to 2^24 ranks: it is rounded the right way.
-struct Divider {
-    double ranks;
-    double inverse;
-    __device__ __forceinline__ explicit Divider(int count) : ranks(count) {
-        float near, whole = float(count);
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(whole));
-        inverse = fma(fma(-ranks, double(near), 1.0), double(near), double(near));
-    }
-    __device__ __forceinline__ float share(float scale) const {
-        double quotient = double(scale) * inverse;
-        return float(fma(fma(-ranks, quotient, double(scale)), inverse, quotient));
-    }
-};
-
 template <typename F, bool ROTATE>
 __device__ __forceinline__ void reduce_encode_full(
     const u8* payloads, i64 ranks, const Entry* entries, i64 n, float* residual, u8* out, const Sizes& sizes,
@@ -110,9 +93,6 @@ __device__ __forceinline__ void reduce_encode_full(
         };
         float* r = residual == nullptr ? nullptr : residual + block * TILE;
         if (r != nullptr) prefetch(r + LINE / 4 * lane);
-        constexpr int LINES = TILE * F::BITS / 8 / LINE;
-        for (int line = 2 * LINES + lane; line < LINES * (int)ranks; line += 32)  // those of two ranks are loaded at once
-            prefetch(payloads + line / LINES * sizes.payload_bytes + at + LINE * (line % LINES));
         float sum[1][ROWS][4], scale, next_scale;
         typename F::row rows[ROWS], next[ROWS];
         auto add = [&](const typename F::row rows[ROWS], float scale) {
