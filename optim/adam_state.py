@@ -14,6 +14,7 @@ from torch import Tensor
 
 from onebit.comm.tensors import describe
 from onebit.compress import InputError
+from onebit.optim.loading import refuse_others
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +65,10 @@ def read_state(
         extra: tensors of a parameter's state beside exp_avg and exp_avg_sq, which may be missing.
 
     Raises:
-        InputError: another layout, other groups, other shapes, or options and tensors that the optimizer cannot use.
+        InputError: another layout, a compressed optimizer's state, other groups, other shapes, or options and tensors
+            that the optimizer cannot use.
     """
+    refuse_others(f"{owner}.load_state_dict", saved)
     if not isinstance(saved.get("state"), Mapping) or not isinstance(saved.get("param_groups"), (list, tuple)):
         raise InputError(
             f"{owner}.load_state_dict: {_LAYOUTS}, got the keys {sorted(map(str, saved))}; take a ZeRO checkpoint "

@@ -27,6 +27,11 @@ class Algorithm:
     # Whether a rank holds a slice of what a state has in its parameter's shape; see `onebit.optim.sharding`.
     _shard = False
 
+    @property
+    def _algorithm(self) -> str:
+        """The name that states bear, by which another algorithm's are known: of the class that has `_exchange`."""
+        return next(kind.__name__ for kind in type(self).__mro__ if "_exchange" in vars(kind))
+
     @abstractmethod
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raise InputError if an option of a group is out of range."""

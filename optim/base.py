@@ -18,7 +18,7 @@ from onebit.optim import copying
 from onebit.optim.algorithm import Algorithm
 from onebit.optim.averaging import Averaging
 from onebit.optim.common_facts import agree_to_start
-from onebit.optim.loading import check_state, refuse_slice
+from onebit.optim.loading import check_state, refuse_others, refuse_slice
 from onebit.optim.loss_scale import unscaled
 from onebit.optim.metrics import Metrics, metrics
 from onebit.optim.options import RightOptions, check_count, check_flags, check_supported
@@ -27,7 +27,7 @@ from onebit.optim.owners import take_over
 from onebit.optim.refusals import check_parameters, refuse_capture, refused
 from onebit.optim.regroup import put_back, take_out
 from onebit.optim.restoring import restore_options, restore_tensors
-from onebit.optim.state_keys import EXTRA, FORMAT, RESIDUALS, SKIPPED_STEPS, SLICES, VERSION
+from onebit.optim.state_keys import EXTRA, FORMAT, OPTIMIZER, RESIDUALS, SKIPPED_STEPS, SLICES, VERSION
 from onebit.optim.steps import Steps
 from onebit.optim.untraced import untraced
 
@@ -240,14 +240,20 @@ class CompressedOptimizer(Algorithm, Averaging):
         # Who has looked at `optimizer.state[p]` has made an empty entry there, which other ranks may not have.
         state["state"] = {number: entry for number, entry in state["state"].items() if entry}
         residuals = [reducers.residual.state_dict() for reducers in self._of_groups()]
-        state[EXTRA] = {VERSION: FORMAT, SKIPPED_STEPS: self.skipped_steps, RESIDUALS: residuals}
+        state[EXTRA] = {
+            VERSION: FORMAT,
+            OPTIMIZER: self._algorithm,
+            SKIPPED_STEPS: self.skipped_steps,
+            RESIDUALS: residuals,
+        }
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state of the same rank and world size; a `torch.optim.AdamW` state is taken as one of warm-up.
 
         Raises:
-            InputError: it is of another version or of other parameters, incomplete or damaged; nothing was changed.
+            InputError: it is of another version, of other parameters or of another compressed optimizer, incomplete or
+                damaged; nothing was changed.
         """
         self._refuse_under_way("load_state_dict()")
         self.check_state_dict(state_dict)
@@ -327,7 +333,9 @@ class CompressedOptimizer(Algorithm, Averaging):
 
     def _check_saved(self, state_dict: Any) -> None:
         """As `check_state_dict`, of a state that may be a slice whether this optimizer has slices or not."""
-        check_state(type(self).__name__, state_dict, self.param_groups, self._own_keys, self._check_loaded_options)
+        owner = type(self).__name__
+        refuse_others(owner, state_dict, self._algorithm)
+        check_state(owner, state_dict, self.param_groups, self._own_keys, self._check_loaded_options)
 
     def _check_loaded_options(self, group: Mapping[str, Any]) -> None:
         """Options of torch's own optimizers may be there and do not act, but those that change what is computed."""

@@ -13,7 +13,7 @@ from onebit.comm import Residual
 from onebit.compress import InputError
 from onebit.optim.local_steps import MEAN, RATE
 from onebit.optim.merging import merged
-from onebit.optim.state_keys import EXTRA, LEFT_OUT_STEPS, MOMENTUM, PER_RANK_IN_INTERVAL, RESIDUALS, STEP
+from onebit.optim.state_keys import EXTRA, LEFT_OUT_STEPS, MOMENTUM, OPTIMIZER, PER_RANK_IN_INTERVAL, RESIDUALS, STEP
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def reshard(
         of its number.
 
     Raises:
-        InputError: ranks are missing, out of order, or the states are of different steps or parameters.
+        InputError: ranks are missing, out of order, or the states are of different steps, parameters or optimizers.
     """
     if not 0 <= rank < world_size:
         raise InputError(f"reshard: rank must be in [0, world_size), got {rank} of {world_size}")
@@ -90,6 +90,12 @@ def _check_one_run(states: Sequence[State]) -> None:
                 )
         if EXTRA not in state:
             raise InputError(f"reshard: the state of rank {rank} is not one of a compressed optimizer")
+        writer, writer_of_first = state[EXTRA].get(OPTIMIZER), states[0][EXTRA].get(OPTIMIZER)
+        if writer != writer_of_first:
+            raise InputError(
+                f"reshard: the state of rank {rank} was written by {writer} and that of rank 0 by {writer_of_first}; "
+                "take those of one save"
+            )
         if {i: entry.keys() for i, entry in state["state"].items()} != {
             i: entry.keys() for i, entry in states[0]["state"].items()
         }:

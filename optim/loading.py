@@ -21,6 +21,7 @@ from onebit.optim.state_keys import (
     INTERVAL,
     LEFT_OUT_STEPS,
     MASTER,
+    OPTIMIZER,
     RESIDUALS,
     SCALARS,
     SHAPED,
@@ -82,6 +83,28 @@ def refuse_slice(owner: str, state_dict: Mapping[str, Any]) -> None:
             f"{owner}: the state to load is a rank's slice, as shard=True saves it, and this optimizer holds "
             "everything; onebit.optim.checkpoint.load and onebit.optim.sharded.load put the slices of all ranks "
             "together, and so does onebit.optim.elastic.reshard"
+        )
+
+
+def refuse_others(owner: str, state_dict: Any, algorithm: str | None = None) -> None:
+    """Raise InputError, with the way, for the state of another compressed optimizer.
+
+    Args:
+        owner: the optimizer's name, for messages.
+        state_dict: anything.
+        algorithm: whose states it takes, as they are named there; None: those of none, as it compresses nothing.
+    """
+    extra = state_dict.get(EXTRA) if isinstance(state_dict, Mapping) else None
+    if extra is None:
+        return
+    writer = extra.get(OPTIMIZER, algorithm) if isinstance(extra, Mapping) else algorithm
+    if algorithm is None or type(writer) is not str or writer != algorithm:
+        what = writer if type(writer) is str else "a compressed optimizer"
+        whose = f"{algorithm}'s or torch's" if algorithm else "Adam's"
+        raise InputError(
+            f"{owner}: the state to load was written by {what}, expected {whose}: another algorithm has other options "
+            f"and uses for its moments, and error feedback would be lost; load it into {what}. docs/migration.md has "
+            "from_deepspeed(saved, optimizer), which takes its moments alone; nothing was loaded"
         )
 
 
@@ -207,7 +230,7 @@ def _check_extra(owner: str, extra: Any, numels: Sequence[Sequence[int]]) -> Non
         extra: anything.
         numels: per group the sizes of the parameters that have a state, whose average the error feedback belongs to.
     """
-    known = {VERSION, SKIPPED_STEPS, LEFT_OUT_STEPS, RESIDUALS, SLICES}
+    known = {VERSION, OPTIMIZER, SKIPPED_STEPS, LEFT_OUT_STEPS, RESIDUALS, SLICES}
     if not isinstance(extra, Mapping) or not {VERSION, SKIPPED_STEPS, RESIDUALS} <= extra.keys() <= known:
         raise InputError(f"{owner}: the state to load lacks, or has more than, {', '.join(sorted(known))}; {REMEDY}")
     for key in (SKIPPED_STEPS, LEFT_OUT_STEPS):

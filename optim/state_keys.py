@@ -22,10 +22,11 @@ LAYERWISE = frozenset({FRESH_VARIANCE, *STARTS})
 EXTRA = "onebit"  # under which a state_dict has everything that torch's own optimizers do not have
 FORMAT = 1  # the version of that
 VERSION, SKIPPED_STEPS, LEFT_OUT_STEPS, RESIDUALS = "version", "skipped_steps", "left_out_steps", "residuals"
+OPTIMIZER = "optimizer"  # the algorithm that has written the state
 SLICES = "slices"  # there where each rank of a node has a slice of what is shaped as the parameters
 
 # 1. Always: bit-equal on every rank, so one rank's are enough; of what is in slices one rank's in every node.
-ALWAYS = frozenset({*COUNTS, *SCALARS, *FLOATS, *SHAPED, VERSION, SKIPPED_STEPS}) - {MEAN}
+ALWAYS = frozenset({*COUNTS, *SCALARS, *FLOATS, *SHAPED, VERSION, OPTIMIZER, SKIPPED_STEPS}) - {MEAN}
 # 2. Per rank: each rank has its own to save; the momentum only while an interval of local steps is open.
 PER_RANK = frozenset({RESIDUALS, LEFT_OUT_STEPS, MEAN, SLICES})
 PER_RANK_IN_INTERVAL = frozenset({MOMENTUM, MEAN})

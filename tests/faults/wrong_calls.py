@@ -278,14 +278,14 @@ def state_of_something_else(draw: Draw) -> Call:
 
 
 def state_of_another(draw: Draw) -> Call:
-    """`load_state_dict` of what another optimizer has saved, which lacks what this one needs or has more."""
+    """`load_state_dict` of what another optimizer has saved, or one of the same class with other options."""
     optimizer, kind = _trained(draw)
     other = draw(st.sampled_from(sorted(set(TRAINED) - {kind})))
     return Call(
         what=(kind, other),
         make=lambda: optimizer.load_state_dict(_saved(other)[1]),
         seen=lambda: everything(optimizer),
-        may_be_right=True,  # OnebitLamb goes on from OnebitAdam's warm-up
+        may_be_right=KINDS[other].cls is KINDS[kind].cls,
     )
 
 

@@ -121,7 +121,11 @@ def test_messages_say_what_was_expected_and_what_came(states: States) -> None:
             altered("OnebitAdam", "onebit", "residuals", 0, to=states["OnebitAdam"][0]["onebit"]["residuals"][1]),
             r"feedback to load for group 0 is of tensors with \[1, 120, 54\] elements",
         ),
-        ("OnebitAdam", states["ZeroOneAdam"][0], "interval_mean, .* of which OnebitAdam knows nothing"),
+        (
+            "OnebitAdam",
+            altered("OnebitAdam", "state", 0, "exp_inf", to=torch.zeros(5, 7)),
+            "has exp_inf, of which OnebitAdam knows nothing",
+        ),
         (
             "ZeroOneAdam",
             altered("ZeroOneAdam", "state", 0, "interval_mean", to=KeyError),
