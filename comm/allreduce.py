@@ -19,7 +19,7 @@ from onebit.comm.part import Part
 from onebit.comm.planned import Planned
 from onebit.comm.residual import Residual
 from onebit.comm.stats import fp32_bytes
-from onebit.comm.tensors import Tensors, as_list, check_same
+from onebit.comm.tensors import Tensors, as_list, check_targets
 from onebit.compress.codec import Codec
 from onebit.compress.errors import InputError
 
@@ -99,7 +99,7 @@ class CompressedAllreduce(Planned):
         unless `CompressedWork.undo` takes it back.
 
         Args:
-            tensors: shaped as those that this was made for.
+            tensors: shaped as those that this was made for; every element in a place of its own, as they are written.
             overlap: False where the caller waits at once: on CUDA a small average then starts sooner.
 
         Raises:
@@ -107,7 +107,7 @@ class CompressedAllreduce(Planned):
             TransportError: the transport refused to start; the error feedback is as before.
         """
         listed = as_list(tensors)
-        check_same(self.backend.rank, listed, self._like)
+        check_targets(self.backend.rank, listed, self._like)
         self._check_idle()
         rows = self._rows(listed, copy=True) if self._buckets else listed
         work = CompressedWork(self, *self.encoding(rows), listed)
@@ -207,7 +207,8 @@ def compressed_allreduce(
     input only once, while this compares it every time.
 
     Args:
-        tensor: a tensor or list of tensors, fp32, bf16 or fp16, any strides; overwritten.
+        tensor: a tensor or list of tensors, fp32, bf16 or fp16, any strides but those of an expanded
+            one; overwritten.
         residual: error feedback, kept from call to call; start with an empty `Residual()`. None: the error of this
             call is forgotten.
         backend, codec: as for `CompressedAllreduce`.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from onebit.comm.tensors import Tensors, as_list, describe
+from onebit.comm.tensors import Tensors, as_list, describe, shared_places
 from onebit.compress.errors import InputError
 
 
@@ -73,22 +73,6 @@ def _reason(tensor: Tensor) -> str | None:
         return f"must be a dense tensor, got a {kind} one; convert it first"
     if tensor.is_meta:
         return "is on meta and has no values; give it some first, as torch.nn.Module.to_empty does"
-    if _overlaps(tensor):
-        return (
-            f"must have its elements in places of their own, got {describe(tensor)} with strides {tensor.stride()}, as "
-            "expand() makes them; send the tensor that it was made of, or a clone()"
-        )
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return "was made in torch.inference_mode and can be overwritten in that mode only; send a clone()"
-    return None
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements may lie in one place: a dimension's step is no longer than all shorter ones together reach."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if tensor.numel() and size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
+    return shared_places(tensor)

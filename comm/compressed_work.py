@@ -11,7 +11,7 @@ from torch import Tensor
 from onebit.comm.bucket import Bucket
 from onebit.comm.part import Part
 from onebit.comm.plain import PlainPart
-from onebit.comm.tensors import Tensors, all_finite, as_list, check_same
+from onebit.comm.tensors import Tensors, all_finite, as_list, check_same, check_targets
 from onebit.compress.errors import InputError
 
 if TYPE_CHECKING:
@@ -138,10 +138,10 @@ class CompressedWork:
         """After `finish`: write the mean to `out`, shaped as the tensors given to `start`, which may be the same.
 
         Raises:
-            InputError: other shapes, dtypes or device; nothing was changed.
+            InputError: other shapes, dtypes or device, or elements that share memory; nothing was changed.
         """
         targets = as_list(out)
-        check_same(self._owner.backend.rank, targets, self._owner._like)
+        check_targets(self._owner.backend.rank, targets, self._owner._like)
         rows = self._owner._rows(targets, copy=False) if self._buckets else self._given or targets
         for bucket in self._buckets:
             self._decode(bucket, rows)

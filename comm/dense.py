@@ -10,7 +10,7 @@ from torch import Tensor
 from onebit.comm.backend import Backend, Work
 from onebit.comm.bucket_size import bucket_mb_for
 from onebit.comm.stats import Stage, Stats, fp32_bytes
-from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, as_list, check_same, resolve
+from onebit.comm.tensors import Kind, Tensors, agree_on_tensors, as_list, check_same, check_targets, resolve
 from onebit.compress.errors import InputError
 from onebit.compress.layout import ceil_div
 
@@ -50,8 +50,16 @@ class DenseAllreduce:
         self._in_flight = False
 
     def __call__(self, tensors: Tensors, out: Tensors | None = None) -> None:
-        """Write the mean over ranks of `tensors` to `out`, or over `tensors` themselves; see `start`."""
-        self.start(tensors).wait(out)
+        """Write the mean over ranks of `tensors` to `out`, or over `tensors` themselves; see `start`.
+
+        Raises:
+            InputError: as of `start` and `DenseWork.wait`; nothing was sent.
+            TransportError: as of `start` and `DenseWork.wait`.
+        """
+        listed = as_list(tensors)
+        targets = listed if out is None else as_list(out)
+        check_targets(self.backend.rank, targets, self._like)
+        self.start(listed).wait(targets)
 
     def start(self, tensors: Tensors) -> DenseWork:
         """Start averaging `tensors`, which are read before this returns.
@@ -144,11 +152,13 @@ class DenseWork:
         """Write the mean to `out`, shaped as the tensors given to `start`; None: over those.
 
         Raises:
+            InputError: other shapes, dtypes or device, or elements that share memory; nothing was written, and the work
+                waits for another `out`.
             TransportError: a peer is dead or too slow; nothing was written.
         """
         owner = self._owner
         targets = self._tensors if out is None else as_list(out)
-        check_same(owner.backend.rank, targets, owner._like)
+        check_targets(owner.backend.rank, targets, owner._like)
         owner._end()
         for index in self.unsent:
             self.send(index)

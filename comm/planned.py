@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Planned:
     """
 
     _lasting = True  # made for many calls
+    _writes: ClassVar[bool] = True  # a call writes its tensors
 
     def __init__(
         self,
@@ -80,7 +81,8 @@ class Planned:
             "bucket_mb": bucket_mb,
             "mode": mode_fact(mode, self.backend, self._device, self.codec),
         }
-        agree_on_tensors(self.backend, subject, tensors, options, self.residual.refusal(place))
+        written = self._writes and not self._lasting  # then these are the tensors of the call, and not others like them
+        agree_on_tensors(self.backend, subject, tensors, options, self.residual.refusal(place), written=written)
         self.stats = Stats()
         self._like = [Kind.of(t) for t in tensors]
         self._numel = sum(place.numels)

@@ -17,7 +17,7 @@ from onebit.comm.part import Part
 from onebit.comm.planned import Planned
 from onebit.comm.residual import Residual
 from onebit.comm.stats import fp32_bytes
-from onebit.comm.tensors import Tensors, as_list, check_same, describe
+from onebit.comm.tensors import Tensors, as_list, check_same, check_targets, describe
 from onebit.compress.codec import Codec, Operators
 from onebit.compress.errors import InputError
 
@@ -152,6 +152,7 @@ class CompressedReduceScatter(_Phase):
         InputError, MismatchError, BackendError, TransportError: as for `CompressedAllreduce`.
     """
 
+    _writes = False
     _stage_names = ("encode", "all_to_all", "mean")
 
     def __call__(self, tensors: Tensors) -> Tensor:
@@ -248,8 +249,15 @@ class CompressedAllGather(_Phase):
     _stage_names = ("encode", "all_gather", "decode")
 
     def __call__(self, shard: Tensor, out: Tensors) -> None:
-        """Write what all ranks' shards say to `out`; see `start`."""
-        self.start(shard, overlap=False).wait(out)
+        """Write what all ranks' shards say to `out`; see `start`.
+
+        Raises:
+            InputError: as of `start` and `AllGatherWork.wait`; nothing was sent or changed.
+            TransportError: as of `start` and `AllGatherWork.wait`.
+        """
+        targets = as_list(out)
+        check_targets(self.backend.rank, targets, self._like)
+        self.start(shard, overlap=False).wait(targets)
 
     def start(self, shard: Tensor, *, overlap: bool = True) -> AllGatherWork:
         """Encode `shard`, which is read before this returns, and start sending.
@@ -291,13 +299,14 @@ class AllGatherWork:
             out: shaped as the tensors that this was made for; any strides; rounded to their dtypes.
 
         Raises:
-            InputError: other shapes, dtypes or device; nothing was changed.
+            InputError: other shapes, dtypes or device, or elements that share memory; nothing was written, and the work
+                waits for another `out`.
             TransportError: a peer is dead or too slow; nothing was written, and the error feedback is as before `start`
                 to within rounding.
         """
         owner = self._owner
         targets = as_list(out)
-        check_same(owner.backend.rank, targets, owner._like)
+        check_targets(owner.backend.rank, targets, owner._like)
         for bucket in owner._buckets:
             with owner._stages["all_gather"]:
                 bucket.wait_gather()
@@ -368,7 +377,7 @@ def compressed_all_gather(
 
     Args:
         shard: (shard_numel,) fp32, as `compressed_reduce_scatter` of tensors like `out` returns it.
-        out: a tensor or list of tensors, fp32, bf16 or fp16, any strides; overwritten.
+        out: a tensor or list of tensors, fp32, bf16 or fp16, any strides but those of an expanded one; overwritten.
         residual: as for `compressed_reduce_scatter`; the same object serves both.
         backend, codec: as for `CompressedAllreduce`.
 

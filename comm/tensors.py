@@ -52,11 +52,14 @@ def agree_on_tensors(
     tensors: Sequence[Tensor],
     options: Mapping[str, object],
     refusal: InputError | None = None,
+    *,
+    written: bool = False,
 ) -> None:
     """Check dtypes and devices here, then that all ranks hold the same list and options; collective.
 
     Args:
         refusal: an error that this rank has found already, to be raised here once the others know.
+        written: the tensors will be written, so every element must have a place of its own.
 
     Raises:
         InputError: this rank's tensors cannot be averaged; other ranks get a MismatchError that quotes it.
@@ -65,7 +68,7 @@ def agree_on_tensors(
     facts = {"the number of tensors": str(len(tensors))}
     facts.update({f"tensor {i}": describe(t) for i, t in enumerate(tensors)})
     facts.update({name: str(value) for name, value in options.items()})
-    agree(backend, subject, facts, _refusal(backend, subject, tensors) or refusal)
+    agree(backend, subject, facts, _refusal(backend, subject, tensors, written) or refusal)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,29 @@ def check_same(rank: int, tensors: Sequence[Tensor], like: Sequence[Kind]) -> No
             )
 
 
+def check_targets(rank: int, tensors: Sequence[Tensor], like: Sequence[Kind]) -> None:
+    """As `check_same`, of tensors that are to be written.
+
+    Raises:
+        InputError: another number, shape, dtype or device, or elements that share memory.
+    """
+    check_same(rank, tensors, like)
+    for index, t in enumerate(tensors):
+        shared = shared_places(t)
+        if shared is not None:
+            raise InputError(f"rank {rank}: tensor {index} {shared}")
+
+
+def shared_places(tensor: Tensor) -> str | None:
+    """Why a strided tensor cannot be written, as some of its elements may lie in one place; None: it can."""
+    if tensor.is_contiguous() or not _overlaps(tensor):
+        return None
+    return (
+        f"must have its elements in places of their own, got {describe(tensor)} with strides {tensor.stride()}, as "
+        "expand() makes them; give the tensor that it was made of, or a clone()"
+    )
+
+
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """0-dim bool on the tensors' device: no element is infinite or NaN."""
     filled = [t for t in tensors if t.numel()]
@@ -117,7 +143,18 @@ def describe(tensor: Tensor | Kind) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _refusal(backend: Backend, subject: str, tensors: Sequence[Tensor]) -> InputError | None:
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may lie in one place: a dimension's step is no longer than all shorter ones together reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if tensor.numel() and size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _refusal(backend: Backend, subject: str, tensors: Sequence[Tensor], written: bool) -> InputError | None:
     for index, t in enumerate(tensors):
         where = f"rank {backend.rank}: {subject}: tensor {index}"
         if t.dtype not in DTYPES or t.layout != torch.strided:
@@ -132,4 +169,7 @@ def _refusal(backend: Backend, subject: str, tensors: Sequence[Tensor]) -> Input
             )
         if t.device != tensors[0].device:
             return InputError(f"{where} is on {t.device}, tensor 0 on {tensors[0].device}; average them separately")
+        shared = shared_places(t) if written else None
+        if shared is not None:
+            return InputError(f"{where} {shared}")
     return None

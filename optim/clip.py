@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onebit.comm import Backend, make_backend
+from onebit.comm.tensors import shared_places
 from onebit.compress import InputError
 from onebit.optim.untraced import untraced
 
@@ -49,11 +50,13 @@ def clip_grad_norm_(
     Raises:
         InputError: an option is out of range, the norm is not finite and that was asked for, or the optimizer was made
             with ``overlap=True``; on every rank alike.
+            On this rank alone, for a gradient whose elements share memory; nothing was sent or changed.
         TransportError: a rank did not take part within the timeout; nothing was changed.
     """
     p = _checked(max_norm, norm_type)
     params, group = _parameters(source, backend)
     gradients = [param.grad for param in params if param.grad is not None]
+    _refuse_shared(gradients, group.rank)
     device = gradients[0].device if gradients else params[0].device if params else torch.device("cpu")
     total = _over_ranks(_norm(gradients, p, device), p, group)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
@@ -78,6 +81,14 @@ def _checked(max_norm: float, norm_type: float) -> float:
     if not _number(max_norm) >= 0:
         raise InputError(f"clip_grad_norm_: max_norm must be at least 0, got {max_norm!r}")
     return p
+
+
+def _refuse_shared(gradients: Sequence[Tensor], rank: int) -> None:
+    """Raise InputError for a gradient that cannot be scaled in place."""
+    for index, gradient in enumerate(gradients):
+        shared = shared_places(gradient) if gradient.layout == torch.strided else None
+        if shared is not None:
+            raise InputError(f"rank {rank}: clip_grad_norm_: gradient {index} {shared}")
 
 
 def _number(value: Any) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from onebit.comm.tensors import describe
+from onebit.comm.tensors import describe, shared_places
 from onebit.compress import InputError
 from onebit.compress.kernels import DTYPES
 from onebit.optim.owners import owned_by_another
@@ -34,6 +34,9 @@ def check_parameters(owner: str, params: Sequence[Tensor]) -> None:
                 f"{owner}: parameter {index} must be dense float32, bfloat16 or float16, got "
                 f"{describe(p)}{layout}; leave it out or convert it"
             )
+        shared = shared_places(p)
+        if shared is not None:
+            raise InputError(f"{owner}: parameter {index} {shared}")
 
 
 def refuse_capture(owner: str) -> None:
