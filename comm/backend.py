@@ -122,6 +122,8 @@ class Backend(ABC):
     `TransportError`. After one every further collective raises at once, for ranks could not tell any more which belong
     together.
 
+    A subclass sets `name` and `device_type` in the class, or in its objects before it calls ``super().__init__``.
+
     Attributes:
         name: ``"gloo"``, ``"nccl"``, ``"mpi"``, ``"threads"`` or ``"single"``.
         rank, size: this rank's number in the group and the number of ranks.
@@ -129,6 +131,9 @@ class Backend(ABC):
         in_processes: its ranks are processes, of which those of one machine may share memory.
         timeout: seconds that a collective may take before `TransportError`.
         traffic: what this rank has sent.
+
+    Raises:
+        BackendError: the timeout is not a positive number, or the subclass lacks a name or a device_type.
     """
 
     name: str
@@ -138,6 +143,13 @@ class Backend(ABC):
     def __init__(self, rank: int, size: int, timeout: float | None = None) -> None:
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
             raise BackendError(f"timeout must be a positive number of seconds, got {timeout!r}")
+        lacking = [key for key in ("name", "device_type") if not hasattr(type(self), key) and key not in vars(self)]
+        if lacking:
+            raise BackendError(
+                f"{type(self).__name__} has no {' and no '.join(lacking)}, and a Backend needs a name, such as 'tcp', "
+                "and a device_type, 'cpu', 'cuda' or None for several; set them in the class, or in the object before "
+                "super().__init__()"
+            )
         self.rank = rank
         self.size = size
         self.timeout = DEFAULT_TIMEOUT if timeout is None else float(timeout)

@@ -71,9 +71,9 @@ class TorchBackend(Backend):
         self, group: dist.ProcessGroup | None = None, device_type: str = "cpu", timeout: float | None = None
     ) -> None:
         group = as_member(dist.group.WORLD if group is None else group)
-        super().__init__(group.rank(), group.size(), timeout)
         self.name = NAMES[device_type]
         self.device_type = device_type
+        super().__init__(group.rank(), group.size(), timeout)
         self.group = group
         self._made: dict[tuple[type, bool], Any] = {}
         self._watch: Watch | None = None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onebit.comm import Backend, CompressedAllreduce, run_threads
+from onebit.comm import Backend, BackendError, CompressedAllreduce, compressed_allreduce, run_threads
 from onebit.compress import BlockFormat, BlockOperators, Codec, InputError
 from onebit.optim import OnebitAdam
 from tests.comm.launcher import run_ranks
@@ -146,3 +146,65 @@ def test_a_format_that_writes_what_does_not_fit_is_named_and_leaves_the_residual
     with pytest.raises(InputError, match=r"Written\.encode must return codes, uint8 \(3, 8\), and scales, \(3,\); got"):
         codec.encode(torch.ones(192), residual)
     assert torch.equal(residual, torch.ones(192))
+
+
+class Nameless(Backend):
+    """A world of one rank, to be given a name and a device type by subclasses or objects; they may be anything."""
+
+    def _all_to_all(self, output: Tensor, input: Tensor) -> None:
+        output.copy_(input)
+
+    _all_gather = _all_to_all
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        pass
+
+    def _barrier(self) -> None:
+        pass
+
+
+class Named(Nameless):
+    name = "named"
+
+
+class Whole(Named):
+    device_type = None
+
+
+class Inheriting(Whole):
+    pass
+
+
+class Given(Nameless):
+    """Has both in the object, as a transport of several kinds of groups does."""
+
+    def __init__(self) -> None:
+        self.name, self.device_type = "given", "cpu"
+        super().__init__(rank=0, size=1)
+
+
+class Computed(Nameless):
+    """Has what is worked out when it is asked for, of what the object knows later."""
+
+    device_type = "cpu"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"computed {self.rank}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacking"), [(Nameless, "no name and no device_type"), (Named, "no device_type")], ids=["both", "one"]
+)
+def test_a_transport_that_lacks_what_it_must_say_of_itself_is_told_when_it_is_made(kind: Any, lacking: str) -> None:
+    with pytest.raises(BackendError, match=rf"^{kind.__name__} has {lacking}, and a Backend needs a name, .* set them"):
+        kind(rank=0, size=1)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Whole(rank=0, size=1), lambda: Inheriting(rank=0, size=1), Given, lambda: Computed(rank=0, size=1)]
+)
+def test_it_may_inherit_them_or_have_them_in_the_object(make: Any) -> None:
+    averaged = compressed_allreduce(torch.ones(3), backend=make())
+    assert isinstance(averaged, Tensor)
+    assert averaged.tolist() == [1, 1, 1]
