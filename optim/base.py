@@ -165,6 +165,9 @@ class CompressedOptimizer(Algorithm, Averaging):
         """Drop gradients, as torch does; with ``overlap=True`` between backward and `step` it gives the step up.
 
         It is collective then: the ranks that call `step` instead skip that step too, and error feedback is put back.
+        "Between" begins with the first gradient that is ready. Where a backward, or what comes before it, has failed
+        earlier, nobody hears of it: the others wait for this rank's next `step`. Make it with a gradient that is not
+        finite, and all ranks skip it; docs/recipes/overlap.md has the lines.
         """
         if self._overlap is not None:
             self._overlap.give_up()

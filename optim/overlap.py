@@ -125,6 +125,7 @@ class Overlap:
 
         Error feedback is put back. Where gradients were overwritten after they were sent, it becomes 0 instead. Of a
         step in which all groups make local ones nobody else hears, so it is made without what this rank has to give.
+        None is on its way before the first gradient is ready: nothing tells a backward that failed by then from none.
         """
         if self._round is not None:
             optimizer = self._owner()

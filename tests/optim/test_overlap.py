@@ -206,6 +206,58 @@ def test_a_local_step_that_is_given_up_leaves_out_what_this_rank_has(fails: bool
     assert run_threads(2, train, True) == run_threads(2, train, False)
 
 
+class Refusing(Network):
+    """Raises at the start of backward, before any gradient is ready, when told to."""
+
+    fails = False
+
+    def forward(self, x: torch.Tensor, side: bool) -> torch.Tensor:
+        loss = super().forward(x, side)
+        return Failing.apply(loss) if self.fails else loss  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("at", [0, 1, 5])  # the first step, in warm-up, and after it
+@pytest.mark.parametrize("kind", [Refusing, Halting])
+def test_a_step_with_a_gradient_that_is_not_finite_ends_one_that_failed_anywhere(
+    kind: type[Refusing | Halting], at: int, overlap: bool
+) -> None:
+    """The lines of docs/recipes/overlap.md; before the first gradient `zero_grad` alone tells nobody, as it says."""
+
+    def train(backend: Backend) -> int:
+        network = kind()
+        optimizer = make("adam", network, backend, overlap, freeze_step=3)
+        for number in range(9):
+            if number == at:
+                before, kept = look(optimizer), residuals(optimizer)
+                network.fails = backend.rank == backend.size - 1
+                try:
+                    backward(network, backend.rank, number)
+                except RuntimeError:
+                    if kind is Refusing:
+                        sent = backend.traffic.collectives
+                        optimizer.zero_grad()
+                        assert backend.traffic.collectives == sent
+                    for p in network.parameters():
+                        p.grad = torch.full_like(p, torch.nan)
+                    with contextlib.suppress(InputError):
+                        optimizer.step()
+                else:
+                    optimizer.step()
+                network.fails = False
+                after = look(optimizer)
+                assert (after.state, after.phases) == (before.state, before.phases)
+                if at:
+                    assert_put_back(kept, residuals(optimizer))
+            optimizer.zero_grad()
+            backward(network, backend.rank, number)
+            optimizer.step()
+        check_replicas(optimizer)
+        return int(optimizer.skipped_steps)
+
+    assert run_threads(2, train) == [1, 1]
+
+
 def give_up_once(backend: Backend, at: int, fails: bool) -> tuple[int, bool]:
     """One step is given up, by a failure of the last rank or by all; returns what was skipped, and that all are equal.
 
