@@ -112,35 +112,24 @@ REDUCE(reduce_encode_full_4, 4, false)
 REDUCE(reduce_encode_full_8, 8, false)
 REDUCE(reduce_encode_masked, 0, true)
 
-// A warp takes two blocks at a time: writing one hides the wait for the next one's few bytes.
 template <typename T>
 __device__ __forceinline__ void decode_full(
     const u8* payloads, const Entry* entries, i64 n, i64 chunk_blocks, i64 bits_bytes, i64 payload_bytes) {
     int lane = threadIdx.x & 31;
     typedef typename T::raw raw;
-    for (i64 first = 2 * warp_index(); first < n; first += 2 * all_warps()) {
-        Entry entry[2];
-        float scale[2];
-        u32 bits[2];
+    for (i64 warp = warp_index(); warp < n; warp += all_warps()) {
+        Entry entry = entries[warp];
+        int chunk = entry.block / (int)chunk_blocks;
+        int index = entry.block - chunk * (int)chunk_blocks;
+        const u8* payload = payloads + chunk * payload_bytes;
+        float scale = reinterpret_cast<const float*>(payload + bits_bytes)[index];
+        u32 b = reinterpret_cast<const u32*>(payload + (i64)index * BYTES)[word_of_lane(lane)];
+        b = transpose_nibbles(b, lane);
+        raw up = narrow(T(), scale), down = narrow(T(), negative(scale));
+        raw* x = reinterpret_cast<raw*>(entry.address);
 #pragma unroll
-        for (int k = 0; k < 2; k++) entry[k] = entries[min(first + k, n - 1)];
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            int chunk = entry[k].block / (int)chunk_blocks;
-            int index = entry[k].block - chunk * (int)chunk_blocks;
-            const u8* payload = payloads + chunk * payload_bytes;
-            scale[k] = reinterpret_cast<const float*>(payload + bits_bytes)[index];
-            bits[k] = reinterpret_cast<const u32*>(payload + (i64)index * BYTES)[word_of_lane(lane)];
-        }
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            u32 b = transpose_nibbles(bits[k], lane);
-            raw up = narrow(T(), scale[k]), down = narrow(T(), negative(scale[k]));
-            raw* x = reinterpret_cast<raw*>(entry[k].address);
-#pragma unroll
-            for (int row = 0; row < ROWS; row++, b >>= 4)
-                store4(x + 128 * row + 4 * lane, b & 1 ? up : down, b & 2 ? up : down, b & 4 ? up : down, b & 8 ? up : down);
-        }
+        for (int row = 0; row < ROWS; row++, b >>= 4)
+            store4(x + 128 * row + 4 * lane, b & 1 ? up : down, b & 2 ? up : down, b & 4 ? up : down, b & 8 ? up : down);
     }
 }
 

@@ -112,7 +112,7 @@ def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], lay
     full, others = split.full, split.others
     if full.n:
         arguments = (payloads.data_ptr(), full.address, full.n, *sizes(layout))
-        launch("full.cu", f"decode_full_{dtype}", payloads.device, 16 * full.n, *arguments)
+        launch("full.cu", f"decode_full_{dtype}", payloads.device, 32 * full.n, *arguments)
     if others.n:
         masked = (payloads.data_ptr(), others.address, others.n, address(mask), *sizes(layout), layout.block_size)
         launch("sign.cu", f"decode_{dtype}", payloads.device, 32 * others.n, *masked)

@@ -106,6 +106,27 @@ def test_the_mean_of_any_number_of_payloads_is_that_of_the_cpu(ranks: int) -> No
     assert same(residual, residual_gpu)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16])
+def test_the_mean_is_that_of_the_cpu_whatever_the_scales(ranks: int) -> None:
+    """Scales of any bits, so that a share is rounded, subnormal, too large, infinite and NaN."""
+    generator = torch.Generator().manual_seed(ranks)
+    codec, numel = SignCodec(), 2000 * 1024
+    (layout,) = codec.plan([numel])
+    payloads = torch.randint(0, 256, (ranks, layout.payload_bytes), dtype=torch.uint8, generator=generator)
+    scales = payloads[:, layout.bits_bytes : layout.bits_bytes + 4 * layout.blocks].view(torch.int32)
+    scales.bitwise_and_(0x7FFFFFFF)  # none is negative
+    for block, special in enumerate((0, 1, 0x007FFFFF, 0x00800001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000)):
+        scales[:, block] = special
+        scales[0, 10 + block] = special
+    residual = torch.zeros(numel)
+    residual_gpu = residual.cuda()
+    assert same(
+        codec.reduce_encode(payloads, residual, numel=numel),
+        codec.reduce_encode(payloads.cuda(), residual_gpu, numel=numel),
+    )
+    assert same(residual, residual_gpu)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 1000, 100_001])
 def test_packed_signs_are_those_of_the_cpu(numel: int, dtype: torch.dtype) -> None:
