@@ -12,7 +12,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 SWITCH = "ONEBIT_PEER_MEMORY"  # "0" in the environment of any rank: NCCL for all
-LARGEST = 3 << 18  # bytes of a small collective's output, such as the signs of 6 Mi numbers
+LARGEST = 5 << 18  # bytes of a small collective's output, such as the signs of 10 Mi numbers
 
 _retired: list[Any] = []  # memory that nobody needs, but that a kernel may still be using
 
@@ -147,6 +147,7 @@ class PeerCollective(Collective):
         self._push = peers.push_to(output)
         self._exchange: Exchange | None = None
         self._used, self._asked = False, False
+        self._pushing: _Beside | None = None
 
     def _launch(self, in_line: bool) -> Handle | None:
         if self._push is not None:
@@ -166,24 +167,32 @@ class PeerCollective(Collective):
         return None
 
     def _pushed(self, push: Push, in_line: bool) -> Handle | None:
+        run = partial(push, self._input, self._backend.timeout)
         if in_line:
-            push(self._input, self._backend.timeout, alone=True)
+            run()
             return None
-        side = self._peers.stream
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            push(self._input, self._backend.timeout, alone=False)
-        return _Beside(side.record_event())
+        if self._pushing is None:
+            self._pushing = _Beside(self._peers.stream)
+        self._pushing.start(run)
+        return self._pushing
 
 
 class _Beside:
-    """What another stream has come to."""
+    """What a stream does beside the current one, again and again: after what that has been told, and before a `wait`."""
 
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        # Made once, and used for every start: to make one takes as long as to start a kernel.
+        self._told, self._done = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def start(self, run: Callable[[torch.cuda.Stream], None]) -> None:
+        self._told.record()
+        self._told.wait(self._stream)
+        run(self._stream)
+        self._done.record(self._stream)
 
     def wait(self, timeout: float) -> None:
-        self._event.wait()  # the current stream does, not the host
+        self._done.wait()  # the current stream does, not the host
 
 
 def _refusal(backend: TorchBackend) -> str | None:

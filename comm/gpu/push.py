@@ -44,18 +44,21 @@ class Push:
         self._given_up = given_up
         self._where = (memories, bytes, self._state.data_ptr(), given_up.data_ptr(), ranks, rank)
 
-    def __call__(self, input: Tensor, limit: float, *, alone: bool) -> None:
+    def __call__(self, input: Tensor, limit: float, beside: torch.cuda.Stream | None = None) -> None:
         """Queue it.
 
         Args:
             input: contiguous, any dtype, at a multiple of `UNIT`: a piece for every rank, or one, the same for all.
             limit: seconds that it may take.
-            alone: nothing else is to run on the device meanwhile; the same on every rank.
+            beside: the stream to use, if something else is to run on the device meanwhile; None: the current one. That
+                there is one, or none, is so on every rank.
         """
         units = self._piece // UNIT
         stride = 0 if input.nbytes == self._piece else units
-        threads = THREADS * min(ceil_div(self._piece, _EACH), _ALONE if alone else _BESIDE)
-        launch(SOURCE, "push", self._device, threads, input.data_ptr(), units, stride, *self._where, int(1e9 * limit))
+        blocks, stream = (_ALONE, None) if beside is None else (_BESIDE, beside.cuda_stream)
+        threads = THREADS * min(ceil_div(self._piece, _EACH), blocks)
+        arguments = (input.data_ptr(), units, stride, *self._where, int(1e9 * limit))
+        launch(SOURCE, "push", self._device, threads, *arguments, stream=stream)
 
 
 def memory_bytes(bytes: int) -> int:

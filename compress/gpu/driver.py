@@ -37,8 +37,11 @@ class Launch:
         self._arguments = ctypes.addressof(self._pointers)
         self._grid = (function, blocks, 1, 1, threads, 1, 1, 0)
 
-    def __call__(self) -> None:
-        """Start it on torch's current stream of its device, whatever the thread's current device is.
+    def __call__(self, stream: int | None = None) -> None:
+        """Start it, whatever the thread's current device is.
+
+        Args:
+            stream: handle of a stream of its device; None: torch's current one.
 
         Raises:
             OnebitError: the driver refused.
@@ -46,16 +49,17 @@ class Launch:
         # A thread may have no context yet, or that of another device; torch.cuda.current_device() does not tell.
         current = self._driver.ctxGetCurrent()
         if current == self._context:
-            self._start()
+            self._start(stream)
             return
         self._driver.ctxSetCurrent(self._context)
         try:
-            self._start()
+            self._start(stream)
         finally:
             self._driver.ctxSetCurrent(current)
 
-    def _start(self) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self._device)  # torch.cuda.current_stream() takes 2 µs longer
+    def _start(self, stream: int | None) -> None:
+        if stream is None:
+            stream = torch._C._cuda_getCurrentRawStream(self._device)  # torch.cuda.current_stream() takes 2 µs longer
         try:
             self._driver.launchKernel(*self._grid, stream, self._arguments, 0)
         except self._driver.CUDADriverError as error:

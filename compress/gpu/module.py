@@ -20,19 +20,22 @@ PREPARED = 4096  # launches that are kept ready, some 300 bytes each
 _loading = threading.Lock()
 
 
-def launch(file: str | Path, kernel: str, device: torch.device, threads: int, *arguments: int) -> None:
-    """Start `kernel` with at least `threads` threads, in blocks of 256, on the current stream of `device`; none for 0.
+def launch(
+    file: str | Path, kernel: str, device: torch.device, threads: int, *arguments: int, stream: int | None = None
+) -> None:
+    """Start `kernel` with at least `threads` threads, in blocks of 256, on a stream of `device`; none for 0.
 
     A launch with the same arguments as an earlier one is found prepared, which takes a few microseconds.
 
     Args:
         file: a source of this folder, or the whole path of another; it may include the headers of both folders.
         arguments: passed as 64-bit integers: numbers, or addresses from `Tensor.data_ptr`.
+        stream: its handle; None: torch's current one.
     """
     if threads == 0:
         return
     index = torch.cuda.current_device() if device.index is None else device.index
-    _prepared(file, kernel, index, threads, arguments)()
+    _prepared(file, kernel, index, threads, arguments)(stream)
 
 
 @functools.lru_cache(PREPARED)

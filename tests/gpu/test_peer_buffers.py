@@ -41,7 +41,7 @@ class OneDevice:
     def run(self, inputs: list[Tensor], taking_part: list[int], limit: float = 20.0, alone: bool = True) -> None:
         for rank in taking_part:
             with torch.cuda.stream(self.streams[rank]):
-                self.pushes[rank](inputs[rank], limit, alone=alone)
+                self.pushes[rank](inputs[rank], limit, None if alone else self.streams[rank])
 
 
 def rows(ranks: int, bytes: int) -> list[Tensor]:
