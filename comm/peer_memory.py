@@ -178,7 +178,7 @@ class PeerCollective(Collective):
 
 
 class _Beside:
-    """What a stream does beside the current one, again and again: after what that has been told, and before a `wait`."""
+    """What a stream does beside the current one, again and again: after what that was told, before a `wait`."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
