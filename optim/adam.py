@@ -14,8 +14,9 @@ from torch import Tensor
 from onebit.comm.tensors import describe
 from onebit.compress import InputError
 from onebit.compress.kernels import DTYPES
-from onebit.optim.adam_state import DECOUPLED, Saved, read_state
+from onebit.optim.adam_state import Saved, read_state
 from onebit.optim.options import check_adam_options, check_flags
+from onebit.optim.state_keys import DECOUPLED
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from onebit.comm.tensors import describe
 from onebit.compress import InputError
 from onebit.optim.loading import refuse_others
+from onebit.optim.state_keys import DECOUPLED
 
 _log = logging.getLogger(__name__)
 
-DECOUPLED = "decoupled_weight_decay"  # torch's name of the option, under which it stands in every state_dict
 MODES = ("adamw_mode", "adam_w_mode")  # the names that it has here, those of DeepSpeedCPUAdam and FusedAdam
 HOW = ("foreach", "fused", "differentiable", "capturable")  # how torch computes, which is nothing to take over
 

@@ -15,6 +15,7 @@ from onebit.optim.merging import slice_sizes
 from onebit.optim.state_keys import (
     ADAM,
     COUNTS,
+    DECOUPLED,
     EXTRA,
     FLOATS,
     FORMAT,
@@ -31,6 +32,8 @@ from onebit.optim.state_keys import (
     VARIANCE_STEP,
     VERSION,
 )
+
+_MODE = "adamw_mode"
 
 REMEDY = "it was changed, damaged, or made by something else; nothing was loaded"
 
@@ -65,7 +68,8 @@ def check_state(
         numbered = [dict(zip(saved["params"], group["params"], strict=True)) for saved, group in pairs]
         held = slice_sizes(slices, [{i: p for i, p in one.items() if state_dict["state"].get(i)} for one in numbered])
     for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
-        check_options({**group, **saved})  # first, as an option that does not exist has a reason to tell
+        # First, as an option that does not exist has a reason to tell.
+        check_options({**group, **own_options(saved, group)})
         entries = [state_dict["state"].get(index, {}) for index in saved["params"]]
         for index, entry, p in zip(saved["params"], entries, group["params"], strict=True):
             shape = p.shape if held is None else torch.Size([held.get(index, 0)])
@@ -74,6 +78,13 @@ def check_state(
         numels.append([p.numel() for p, entry in zip(group["params"], entries, strict=True) if entry])
     if extra is not None:
         _check_extra(owner, extra, numels)
+
+
+def own_options(saved: Mapping[str, Any], group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved group, with the kind of weight decay that torch's Adam and AdamW tell under the name of this `group`."""
+    if DECOUPLED in saved and _MODE in group and _MODE not in saved:
+        return {**saved, _MODE: saved[DECOUPLED]}
+    return saved
 
 
 def refuse_slice(owner: str, state_dict: Mapping[str, Any]) -> None:

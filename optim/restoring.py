@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onebit.optim.loading import own_options
 from onebit.optim.state_keys import COUNTS, EXTRA, SCALARS, SHAPED, SLICES
 
 if TYPE_CHECKING:
@@ -38,5 +39,6 @@ def restore_options(optimizer: CompressedOptimizer, before: Sequence[Mapping[str
     """
     for group, own in zip(optimizer.param_groups, before, strict=True):
         steps = [int(optimizer.state[p]["step"]) for p in group["params"] if "step" in optimizer.state.get(p, {})]
+        group.update(own_options(group, own))
         for key, value in {**own, **optimizer._progress, "step": max(steps, default=0)}.items():
             group.setdefault(key, value)

@@ -19,6 +19,8 @@ FLOATS = frozenset({RATE, KEPT})
 INTERVAL = frozenset({MEAN, START, RATE, KEPT})
 LAYERWISE = frozenset({FRESH_VARIANCE, *STARTS})
 
+DECOUPLED = "decoupled_weight_decay"  # torch's name of the option adamw_mode, in the groups of every state of Adam's
+
 EXTRA = "onebit"  # under which a state_dict has everything that torch's own optimizers do not have
 FORMAT = 1  # the version of that
 VERSION, SKIPPED_STEPS, LEFT_OUT_STEPS, RESIDUALS = "version", "skipped_steps", "left_out_steps", "residuals"

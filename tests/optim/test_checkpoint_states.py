@@ -165,6 +165,27 @@ def test_messages_say_what_was_expected_and_what_came(states: States) -> None:
     run_threads(1, load)
 
 
+@pytest.mark.parametrize("kind", ["OnebitAdam", "ZeroOneAdam"])
+@pytest.mark.parametrize("torchs", [torch.optim.Adam, torch.optim.AdamW])
+def test_the_kind_of_weight_decay_goes_on_as_torchs_adam_had_it(kind: str, torchs: type[torch.optim.Optimizer]) -> None:
+    def load(backend: Backend) -> None:
+        optimizer = KINDS[kind].make(backend)
+        params = all_params(optimizer)
+        saved = torchs([{"params": params[:4]}, {"params": params[4:]}], weight_decay=0.1).state_dict()
+        told = {group.get("decoupled_weight_decay") for group in saved["param_groups"]}
+        if told == {None}:
+            pytest.skip("this torch's states do not tell")
+        optimizer.load_state_dict(through_a_file(saved))
+        modes = [group["adamw_mode"] for group in optimizer.param_groups]
+        assert modes == [torchs is torch.optim.AdamW] * 2
+        own = through_a_file(optimizer.state_dict())
+        own["param_groups"][0]["adamw_mode"] = not modes[0]  # what is saved here is told by its own name
+        optimizer.load_state_dict(own)
+        assert [group["adamw_mode"] for group in optimizer.param_groups] == [not modes[0], modes[1]]
+
+    run_threads(1, load)
+
+
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"capturable": False}], ids=str)
 def test_states_of_torchs_adamw_are_taken_with_the_options_it_was_made_with(options: dict[str, Any]) -> None:
     def load(backend: Backend) -> None:
