@@ -92,7 +92,8 @@ __device__ __forceinline__ void reduce_encode_full(
             scale = scales[rank * stride];
         };
         float* r = residual == nullptr ? nullptr : residual + block * TILE;
-        if (r != nullptr) prefetch(r + LINE / 4 * lane);
+        // Where few codes come before it; on an H200, beside the codes of more ranks, it takes longer.
+        if (r != nullptr && (int)ranks * F::BITS <= 16) prefetch(r + LINE / 4 * lane);
         float sum[1][ROWS][4], scale, next_scale;
         typename F::row rows[ROWS], next[ROWS];
         auto add = [&](const typename F::row rows[ROWS], float scale) {
