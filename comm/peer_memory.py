@@ -248,6 +248,11 @@ def _share(backend: TorchBackend, size: int) -> tuple[Tensor, Any, torch.device]
     from torch.distributed import _symmetric_memory
 
     device = torch.device("cuda", torch.cuda.current_device())
-    memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()
+    try:
+        memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError:  # in the middle of a training PyTorch's allocator may keep what is free for itself
+        torch.cuda.empty_cache()
+        memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    memory.zero_()
     torch.cuda.synchronize()
     return memory, _symmetric_memory.rendezvous(memory, backend.group), device

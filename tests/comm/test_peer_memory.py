@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -80,11 +81,89 @@ def test_several_machines_do_not(capable: Callable[..., None]) -> None:
         assert got == [False, False]
 
 
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_memory_that_pytorch_keeps_for_itself_is_asked_back_once(
+    capable: Callable[..., None], monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    share, events = peer_memory._share, []
+    capable({}, set(), [7])
+
+    def empty(size: int, **_: Any) -> torch.Tensor:
+        events.append("empty")
+        if events.count("empty") <= failures:
+            raise torch.OutOfMemoryError("none left")
+        return torch.ones(size, dtype=torch.uint8)
+
+    symmetric = types.SimpleNamespace(empty=empty, rendezvous=lambda memory, group: group)
+    monkeypatch.setattr(torch.distributed, "_symmetric_memory", symmetric, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
+    backend = cast(TorchBackend, types.SimpleNamespace(group="a group"))
+    if failures == 2:
+        with pytest.raises(torch.OutOfMemoryError):
+            share(backend, 16)
+    else:
+        memory, shared, _ = share(backend, 16)
+        assert memory.tolist() == [0] * 16
+        assert shared == "a group"
+    assert events == ["empty", "emptied", "empty"][: 1 + 2 * (failures > 0)]
+
+
 def test_large_ones_ask_nobody(capable: Callable[..., None]) -> None:
     capable({}, set(), [7] * RANKS)
     for _, got, collectives in run_threads(RANKS, asked, 1, LARGEST // RANKS + 1):
         assert got == [False]
         assert collectives == 0
+
+
+BUFFER = 16 * RANKS * (LARGEST // (16 * RANKS) + 1)  # bytes, of which every rank sends a whole number of lines
+
+
+def lent(backend: Backend, bytes: int) -> tuple[str | None, list[bool], int]:
+    """What a rank is told that asks for a buffer; what is known of that, and of a part; and how many collectives."""
+    peers = PeerMemory(cast(TorchBackend, backend))
+    backend.traffic.reset()
+    buffer = peers.buffer(bytes)
+    asked = backend.traffic.collectives
+    if buffer is None:
+        return peers.refusal, [], asked
+    assert buffer.shape == (bytes,)
+    assert buffer.sum() == 0
+    whole, part = peers.push_to(buffer) is not None, peers.push_to(buffer[:16]) is not None
+    del buffer
+    return peers.refusal, [whole, part, bool(peers._pushes)], asked
+
+
+@pytest.fixture
+def pushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has memory shared, and kernels prepared, that are not there."""
+
+    def share(_: Any, size: int) -> tuple[torch.Tensor, Any, torch.device]:
+        return torch.zeros(size, dtype=torch.uint8), types.SimpleNamespace(buffer_ptrs_dev=0), torch.device("cpu")
+
+    monkeypatch.setattr(peer_memory, "_share", share)
+
+
+def test_a_buffer_is_known_whole_and_as_long_as_it_is_kept(capable: Callable[..., None], pushing: None) -> None:
+    capable({}, set(), [7] * RANKS)
+    for refusal, known, _ in run_threads(RANKS, lent, BUFFER):
+        assert refusal is None
+        assert known == [True, False, False]
+
+
+def test_one_that_refuses_leaves_all_without_a_buffer(capable: Callable[..., None], pushing: None) -> None:
+    capable({1: "told not to"}, set(), [7] * RANKS)
+    for _, known, asked in run_threads(RANKS, lent, BUFFER):
+        assert known == []
+        assert asked == 1
+
+
+@pytest.mark.parametrize("bytes", [LARGEST, BUFFER + 16], ids=["small", "not to be dealt"])
+def test_a_buffer_that_gains_nothing_asks_nobody(capable: Callable[..., None], pushing: None, bytes: int) -> None:
+    capable({}, set(), [7] * RANKS)
+    for _, known, asked in run_threads(RANKS, lent, bytes):
+        assert known == []
+        assert asked == 0
 
 
 def gathered(backend: Backend, in_line: bool) -> list[list[int]]:
