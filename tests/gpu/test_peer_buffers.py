@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from onebit.comm import Backend, CompressedAllreduce, TransportError, make_backend, peer_memory, run_threads
+from onebit.comm import Backend, CompressedAllreduce, make_backend, peer_memory, run_threads
 from onebit.comm.gpu.push import UNIT, Push, memory_bytes
-from onebit.comm.peer_memory import SWITCH, PeerCollective
+from onebit.comm.peer_memory import PeerCollective
 from onebit.comm.torch_backend import TorchBackend
 from onebit.compress import Int8Codec, SignCodec
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import bits, normal
+from tests.gpu.peer_paths import LIMIT, check_ended, check_same_bits, ended, random_bytes, two_devices
 
-LIMIT = 0.3  # seconds
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 PIECES = [UNIT, 5 * UNIT, 33_792, 1_000_016]  # bytes: one unit, few, a small payload, more than a block moves at once
 
 
@@ -44,18 +41,13 @@ class OneDevice:
                 self.pushes[rank](inputs[rank], limit, None if alone else self.streams[rank])
 
 
-def rows(ranks: int, bytes: int) -> list[Tensor]:
-    """Random bytes of every rank."""
-    return [torch.randint(0, 256, (bytes,), dtype=torch.uint8, device="cuda") for _ in range(ranks)]
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("piece", PIECES)
 @pytest.mark.parametrize("one_for_each", [True, False])
 def test_every_rank_gets_a_piece_of_every_rank(ranks: int, piece: int, one_for_each: bool) -> None:
     device = OneDevice(ranks, piece)
     for call in range(6):
-        inputs = rows(ranks, ranks * piece if one_for_each else piece)
+        inputs = random_bytes(ranks, ranks * piece if one_for_each else piece)
         torch.cuda.synchronize()
         device.run(inputs, [(rank + call) % ranks for rank in range(ranks)], alone=call % 3 > 0)
         torch.cuda.synchronize()
@@ -70,8 +62,8 @@ def test_nobody_writes_to_an_output_that_is_still_read() -> None:
     """Every rank copies its output, at its own pace, before it starts the next."""
     ranks, piece, calls = 3, 33_792, 30
     device = OneDevice(ranks, piece)
-    inputs = [rows(ranks, ranks * piece) for _ in range(calls)]
-    seen = [rows(ranks, ranks * piece) for _ in range(calls)]
+    inputs = [random_bytes(ranks, ranks * piece) for _ in range(calls)]
+    seen = [random_bytes(ranks, ranks * piece) for _ in range(calls)]
     torch.cuda.synchronize()
     for call in range(calls):
         device.run(inputs[call], [(rank + call) % ranks for rank in range(ranks)])
@@ -89,7 +81,7 @@ def test_nobody_writes_to_an_output_that_is_still_read() -> None:
 def test_who_waits_in_vain_says_nan_and_waits_no_more() -> None:
     piece = 1_000_016
     device = OneDevice(3, piece)
-    inputs = rows(3, 3 * piece)
+    inputs = random_bytes(3, 3 * piece)
     torch.cuda.synchronize()
     start = time.monotonic()
     device.run(inputs, [0, 1], LIMIT)
@@ -109,7 +101,7 @@ def test_who_waits_in_vain_says_nan_and_waits_no_more() -> None:
 def test_nobody_writes_to_who_has_given_up() -> None:
     piece = 33_792
     device = OneDevice(2, piece)
-    inputs = rows(2, 2 * piece)
+    inputs = random_bytes(2, 2 * piece)
     torch.cuda.synchronize()
     device.run(inputs, [0], LIMIT)
     torch.cuda.synchronize()
@@ -156,24 +148,12 @@ def check_bits(backend: Backend) -> tuple[list[list[bytes]], list[bool]]:
     return averages(backend), uses(CompressedAllreduce(torch.zeros(1000, device="cuda"), backend))
 
 
-def check_bits_of_nccl(backend: Backend) -> tuple[list[list[bytes]], list[bool]]:
-    if backend.rank == 0:  # on one rank is on all
-        os.environ[SWITCH] = "0"
-    return check_bits(backend)
-
-
 @two_devices
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_averages_have_the_bits_that_they_have_elsewhere(ranks: int) -> None:
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} CUDA devices")
-    by_peers, by_nccl = run_ranks("nccl", ranks, check_bits), run_ranks("nccl", ranks, check_bits_of_nccl)
-    on_cpu = run_threads(ranks, averages)
-    for rank in range(ranks):
-        assert by_peers[rank][1] == [True, True]
-        assert by_nccl[rank][1] == [False, False]
-        assert by_peers[rank][0] == by_nccl[rank][0]
-        assert by_peers[rank][0] == on_cpu[rank]
+    by_peers, by_nccl = check_same_bits(ranks, check_bits, averages)
+    assert by_peers == [[True, True]] * ranks
+    assert by_nccl == [[False, False]] * ranks
 
 
 def check_levels(backend: Backend) -> list[list[bytes]]:
@@ -255,18 +235,6 @@ def test_memory_of_averages_that_are_gone_is_freed_when_the_next_is_made() -> No
         assert waiting == [(0, 2)] * 4, waiting
 
 
-def timed_out(reduce: Callable[[], None], x: Tensor) -> tuple[bool, str, float]:
-    start = time.monotonic()
-    reduce()
-    torch.cuda.synchronize()
-    took, all_nan = time.monotonic() - start, bool(x.isnan().all())
-    try:
-        reduce()
-    except TransportError as error:
-        return all_nan, str(error), took
-    return all_nan, "nothing", took
-
-
 def check_timeout(_: Backend, overlap: bool) -> tuple[bool, str, float]:
     all_large()
     backend = make_backend(torch.distributed.new_group(backend="nccl"), timeout=60.0)
@@ -278,14 +246,10 @@ def check_timeout(_: Backend, overlap: bool) -> tuple[bool, str, float]:
     if backend.rank == 1:
         time.sleep(10 * LIMIT)
         return True, "", 0.0
-    return timed_out(lambda: reduce.start(x, overlap=overlap).wait(), x)
+    return ended(lambda: reduce.start(x, overlap=overlap).wait(), x)
 
 
 @two_devices
 @pytest.mark.parametrize("overlap", [False, True])
 def test_without_a_peer_the_mean_is_nan_and_the_next_use_raises(overlap: bool) -> None:
-    (all_nan, said, took), _ = run_ranks("nccl", 2, check_timeout, overlap)
-    assert all_nan
-    assert "rank 0" in said
-    assert "peers' memory" in said
-    assert LIMIT * 0.9 < took < 20 * LIMIT
+    check_ended(*run_ranks("nccl", 2, check_timeout, overlap)[0])

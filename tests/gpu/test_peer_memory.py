@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +14,9 @@ from torch import Tensor
 from onebit.comm import (
     Backend,
     CompressedAllreduce,
-    TransportError,
     compressed_allreduce,
     make_backend,
     peer_memory,
-    run_threads,
 )
 from onebit.comm.gpu.exchange import Exchange, mailbox_bytes
 from onebit.comm.peer_memory import LARGEST, SWITCH, PeerCollective
@@ -27,9 +24,7 @@ from onebit.comm.torch_backend import TorchBackend
 from onebit.compress import Int8Codec, SignCodec
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import bits, normal
-
-LIMIT = 0.3  # seconds
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+from tests.gpu.peer_paths import LIMIT, check_ended, check_same_bits, ended, random_bytes, two_devices
 
 
 class OneDevice:
@@ -53,11 +48,6 @@ class OneDevice:
                 self.exchanges[rank](outputs[rank], inputs[rank], limit)
 
 
-def rows(ranks: int, numel: int, skew: int) -> list[Tensor]:
-    """Random bytes of every rank, at addresses that are `skew` bytes off a multiple of 16."""
-    return [torch.randint(0, 256, (numel + skew,), dtype=torch.uint8, device="cuda")[skew:] for _ in range(ranks)]
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("bytes", [1, 16, 4096, 5000, 33792, 262144])
 @pytest.mark.parametrize("skew", [0, 1])
@@ -67,7 +57,7 @@ def test_every_rank_gets_a_piece_of_every_rank(ranks: int, bytes: int, skew: int
     device = OneDevice(ranks, bytes, pieces)
     torch.cuda.synchronize()
     for call in range(5):  # both places of the mailbox, again and again
-        inputs, outputs = rows(ranks, pieces * bytes, skew), rows(ranks, ranks * bytes, skew)
+        inputs, outputs = random_bytes(ranks, pieces * bytes, skew), random_bytes(ranks, ranks * bytes, skew)
         torch.cuda.synchronize()
         order = [(rank + call) % ranks for rank in range(ranks)]
         device.run(outputs, inputs, order)
@@ -83,8 +73,8 @@ def test_calls_may_run_one_ahead() -> None:
     """Nothing but the kernels themselves keeps a rank from overtaking another."""
     ranks, bytes, calls = 3, 33792, 40
     device = OneDevice(ranks, bytes, ranks)
-    inputs = [rows(ranks, ranks * bytes, 0) for _ in range(calls)]
-    outputs = [rows(ranks, ranks * bytes, 0) for _ in range(calls)]
+    inputs = [random_bytes(ranks, ranks * bytes, 0) for _ in range(calls)]
+    outputs = [random_bytes(ranks, ranks * bytes, 0) for _ in range(calls)]
     torch.cuda.synchronize()
     for call in range(calls):
         device.run(outputs[call], inputs[call], [(rank + call) % ranks for rank in range(ranks)])
@@ -98,7 +88,7 @@ def test_calls_may_run_one_ahead() -> None:
 
 def test_who_waits_in_vain_says_nan_and_waits_no_more() -> None:
     device = OneDevice(3, 4096, 3)
-    inputs, outputs = rows(3, 3 * 4096, 0), rows(3, 3 * 4096, 0)
+    inputs, outputs = random_bytes(3, 3 * 4096, 0), random_bytes(3, 3 * 4096, 0)
     torch.cuda.synchronize()
     start = time.monotonic()
     device.run(outputs, inputs, [0, 1], LIMIT)
@@ -142,24 +132,12 @@ def check_bits(backend: Backend) -> tuple[list[list[bytes]], str | None]:
     return averages(backend), refusal_of(backend)
 
 
-def check_bits_of_nccl(backend: Backend) -> tuple[list[list[bytes]], str | None]:
-    if backend.rank == 0:  # on one rank is on all
-        os.environ[SWITCH] = "0"
-    return check_bits(backend)
-
-
 @two_devices
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_averages_have_the_bits_that_they_have_elsewhere(ranks: int) -> None:
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} CUDA devices")
-    by_peers, by_nccl = run_ranks("nccl", ranks, check_bits), run_ranks("nccl", ranks, check_bits_of_nccl)
-    on_cpu = run_threads(ranks, averages)
-    for rank in range(ranks):
-        assert by_peers[rank][1] is None, f"peers' memory was not used: {by_peers[rank][1]}"
-        assert by_nccl[rank][1] == (f"{SWITCH}=0" if rank == 0 else "rank 0 refused")
-        assert by_peers[rank][0] == by_nccl[rank][0]
-        assert by_peers[rank][0] == on_cpu[rank]
+    by_peers, by_nccl = check_same_bits(ranks, check_bits, averages)
+    assert by_peers == [None] * ranks, f"peers' memory was not used: {by_peers}"
+    assert by_nccl == [f"{SWITCH}=0"] + ["rank 0 refused"] * (ranks - 1)
 
 
 def check_graphs(backend: Backend) -> list[int]:
@@ -267,24 +245,12 @@ def check_timeout(_: Backend) -> tuple[bool, str, float]:
     if backend.rank == 1:
         time.sleep(10 * LIMIT)
         return True, "", 0.0
-    start = time.monotonic()
-    reduce(x)
-    torch.cuda.synchronize()
-    took, all_nan = time.monotonic() - start, bool(x.isnan().all())
-    try:
-        reduce(x)
-    except TransportError as error:
-        return all_nan, str(error), took
-    return all_nan, "nothing", took
+    return ended(lambda: reduce(x), x)
 
 
 @two_devices
 def test_without_a_peer_the_mean_is_nan_and_the_next_use_raises() -> None:
-    (all_nan, said, took), _ = run_ranks("nccl", 2, check_timeout)
-    assert all_nan
-    assert "rank 0" in said
-    assert "peers' memory" in said
-    assert LIMIT * 0.9 < took < 20 * LIMIT
+    check_ended(*run_ranks("nccl", 2, check_timeout)[0])
 
 
 def check_large(backend: Backend) -> list[tuple[bool, bool]]:
