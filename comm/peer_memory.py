@@ -74,7 +74,10 @@ class PeerMemory:
         backend = self._backend()
         if backend is None or bytes * backend.size > LARGEST:
             return None
-        return self._mapped(backend, lambda: _make(backend, bytes, pieces, self._given_up))
+        from onebit.comm.gpu.exchange import mailbox_bytes
+
+        make = partial(_make_exchange, backend, bytes, pieces, self._given_up)
+        return self._mapped(backend, mailbox_bytes(bytes, backend.size), make)
 
     def buffer(self, bytes: int) -> Tensor | None:
         """Memory for large outputs of collectives, zeros; collective, and the host waits for the other ranks.
@@ -89,7 +92,10 @@ class PeerMemory:
         backend = self._backend()
         if backend is None or bytes <= LARGEST or bytes % (ALIGNMENT * backend.size):
             return None
-        return self._mapped(backend, lambda: _make_buffer(backend, bytes, self._given_up, self._pushes))
+        from onebit.comm.gpu.push import memory_bytes
+
+        make = partial(_make_buffer, backend, bytes, self._given_up, self._pushes)
+        return self._mapped(backend, memory_bytes(bytes), make)
 
     def push_to(self, output: Tensor) -> Push | None:
         """What fills `output` on all ranks, if it is a whole `buffer`."""
@@ -101,22 +107,34 @@ class PeerMemory:
         """For collectives beside others' work; its kernels go first, for they are few and others wait for them."""
         return torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
 
-    def _mapped(self, backend: TorchBackend, make: Callable[[], Made]) -> Made | None:
-        """What `make` makes, if it can on all ranks; or the reason in `refusal`."""
+    def _mapped(self, backend: TorchBackend, size: int, make: Callable[[Tensor, Any], Made]) -> Made | None:
+        """What `make` makes of memory that all ranks have mapped, if all can; or the reason in `refusal`.
+
+        Args:
+            size: of the memory, in bytes.
+            make: is given (size,) uint8, zeros on every rank, and PyTorch's word on where every rank's are.
+        """
+        memory, made = None, None
         if self.refusal is None:
-            self._agree(backend, _refusal(backend))
-        if self.refusal is not None:
-            return None
-        made, problem = None, None
+            problem = _refusal(backend)
+            if problem is None:
+                memory, problem = self._tried(backend, partial(_allocate, size))
+            self._agree(backend, problem)  # before any rank waits for others to map what they do not have
+        if self.refusal is None and memory is not None:
+            given = memory
+            made, problem = self._tried(backend, lambda: make(given, _rendezvous(given, backend)))
+            self._agree(backend, problem)
+        return made if self.refusal is None else None
+
+    def _tried(self, backend: TorchBackend, run: Callable[[], Made]) -> tuple[Made | None, str | None]:
+        """What `run` returns, or what is wrong."""
         with backend.limited("peer memory"):
             torch.cuda.synchronize()
             _retired.clear()
             try:
-                made = make()
+                return run(), None
             except Exception as error:  # whatever PyTorch raises where the driver does not do it
-                problem = f"symmetric memory: {error}"
-        self._agree(backend, problem)
-        return made if self.refusal is None else None
+                return None, f"symmetric memory: {error}"
 
     def _agree(self, backend: TorchBackend, problem: str | None) -> None:
         """Have the first problem of any rank become the refusal of all; ends in an error if one of them is dead."""
@@ -129,7 +147,7 @@ class PeerMemory:
         elif len({machine for _, machine in rows}) > 1:
             self.refusal = "the ranks are on several machines"
         if self.refusal is not None:
-            _log.debug("rank %d: small collectives go through NCCL: %s", backend.rank, self.refusal)
+            _log.debug("rank %d: all collectives go through NCCL: %s", backend.rank, self.refusal)
 
 
 class PeerCollective(Collective):
@@ -217,34 +235,8 @@ def _machine() -> int:
     return int(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[-12:], 16)
 
 
-def _make(backend: TorchBackend, bytes: int, pieces: int, given_up: Tensor) -> Exchange:
-    from onebit.comm.gpu.exchange import Exchange, mailbox_bytes
-
-    memory, shared, device = _share(backend, mailbox_bytes(bytes, backend.size))
-    exchange = Exchange(shared.buffer_ptrs_dev, backend.rank, backend.size, bytes, pieces, given_up, device)
-    weakref.finalize(exchange, _retired.append, (memory, shared, exchange._state, given_up)).atexit = False
-    return exchange
-
-
-def _make_buffer(backend: TorchBackend, bytes: int, given_up: Tensor, pushes: dict[int, Push]) -> Tensor:
-    """The memory; what fills it is in `pushes` by its address, as long as somebody keeps it."""
-    from onebit.comm.gpu.push import Push, memory_bytes
-
-    memory, shared, device = _share(backend, memory_bytes(bytes))
-    push = Push(shared.buffer_ptrs_dev, backend.rank, backend.size, bytes, given_up, device)
-    buffer, address = memory[:bytes], memory.data_ptr()
-    pushes[address] = push
-
-    def retire(*kept: Any) -> None:
-        del pushes[address]
-        _retired.append(kept)
-
-    weakref.finalize(buffer, retire, memory, shared, push, given_up).atexit = False
-    return buffer
-
-
-def _share(backend: TorchBackend, size: int) -> tuple[Tensor, Any, torch.device]:
-    """(size,) uint8, zeros on every rank; where every rank's are; and this rank's device."""
+def _allocate(size: int) -> Tensor:
+    """(size,) uint8 that others can map, zeros."""
     from torch.distributed import _symmetric_memory
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -255,4 +247,40 @@ def _share(backend: TorchBackend, size: int) -> tuple[Tensor, Any, torch.device]
         memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
     memory.zero_()
     torch.cuda.synchronize()
-    return memory, _symmetric_memory.rendezvous(memory, backend.group), device
+    return memory
+
+
+def _rendezvous(memory: Tensor, backend: TorchBackend) -> Any:
+    """Where the memory of every rank is; collective."""
+    from torch.distributed import _symmetric_memory
+
+    return _symmetric_memory.rendezvous(memory, backend.group)
+
+
+def _make_exchange(
+    backend: TorchBackend, bytes: int, pieces: int, given_up: Tensor, memory: Tensor, shared: Any
+) -> Exchange:
+    from onebit.comm.gpu.exchange import Exchange
+
+    where = shared.buffer_ptrs_dev
+    exchange = Exchange(where, backend.rank, backend.size, bytes, pieces, given_up, memory.device)
+    weakref.finalize(exchange, _retired.append, (memory, shared, exchange._state, given_up)).atexit = False
+    return exchange
+
+
+def _make_buffer(
+    backend: TorchBackend, bytes: int, given_up: Tensor, pushes: dict[int, Push], memory: Tensor, shared: Any
+) -> Tensor:
+    """The memory; what fills it is in `pushes` by its address, as long as somebody keeps it."""
+    from onebit.comm.gpu.push import Push
+
+    push = Push(shared.buffer_ptrs_dev, backend.rank, backend.size, bytes, given_up, memory.device)
+    buffer, address = memory[:bytes], memory.data_ptr()
+    pushes[address] = push
+
+    def retire(*kept: Any) -> None:
+        del pushes[address]
+        _retired.append(kept)
+
+    weakref.finalize(buffer, retire, memory, shared, push, given_up).atexit = False
+    return buffer

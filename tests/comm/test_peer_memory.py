@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import pytest
@@ -33,16 +33,27 @@ def rank_here() -> int:
 
 @pytest.fixture
 def capable(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Has ranks refuse, fail to map memory, or be on machines as told, by rank."""
+    """Has ranks refuse, fail to map memory or to have any, or be on machines as told, by rank."""
 
-    def set_up(refusals: dict[int, str], failing: set[int], machines: list[int]) -> None:
+    def set_up(refusals: dict[int, str], failing: set[int], machines: list[int], without: Collection[int] = ()) -> None:
+        def allocate(size: int) -> torch.Tensor:
+            if rank_here() in without:
+                raise RuntimeError("none left")
+            return torch.zeros(size, dtype=torch.uint8)
+
         def make(backend: Any, *_: Any) -> object:
             if backend.rank in failing:
                 raise RuntimeError("no such memory")
             return object()
 
+        def rendezvous(memory: torch.Tensor, backend: Backend) -> Any:
+            backend.barrier()  # whoever does not come keeps the others
+            return types.SimpleNamespace(buffer_ptrs_dev=0)
+
         monkeypatch.setattr(peer_memory, "_refusal", lambda backend: refusals.get(backend.rank))
-        monkeypatch.setattr(peer_memory, "_make", make)
+        monkeypatch.setattr(peer_memory, "_allocate", allocate)
+        monkeypatch.setattr(peer_memory, "_rendezvous", rendezvous)
+        monkeypatch.setattr(peer_memory, "_make_exchange", make)
         monkeypatch.setattr(peer_memory, "_machine", lambda: machines[rank_here()])
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -74,6 +85,15 @@ def test_one_that_fails_is_enough(capable: Callable[..., None]) -> None:
     assert all(got == [False, False] for _, got, _ in told)
 
 
+def test_nobody_waits_for_one_that_has_no_memory_left(capable: Callable[..., None]) -> None:
+    capable({}, set(), [7] * RANKS, without={2})
+    told = run_threads(RANKS, asked)
+    assert [refusal for refusal, _, _ in told] == ["rank 2 refused"] * 2 + ["symmetric memory: none left"]
+    for _, got, collectives in told:
+        assert got == [False, False]
+        assert collectives == 1
+
+
 def test_several_machines_do_not(capable: Callable[..., None]) -> None:
     capable({}, set(), [7, 7, 8])
     for refusal, got, _ in run_threads(RANKS, asked):
@@ -85,7 +105,7 @@ def test_several_machines_do_not(capable: Callable[..., None]) -> None:
 def test_memory_that_pytorch_keeps_for_itself_is_asked_back_once(
     capable: Callable[..., None], monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    share, events = peer_memory._share, []
+    allocate, events = peer_memory._allocate, []
     capable({}, set(), [7])
 
     def empty(size: int, **_: Any) -> torch.Tensor:
@@ -94,18 +114,15 @@ def test_memory_that_pytorch_keeps_for_itself_is_asked_back_once(
             raise torch.OutOfMemoryError("none left")
         return torch.ones(size, dtype=torch.uint8)
 
-    symmetric = types.SimpleNamespace(empty=empty, rendezvous=lambda memory, group: group)
+    symmetric = types.SimpleNamespace(empty=empty)
     monkeypatch.setattr(torch.distributed, "_symmetric_memory", symmetric, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
-    backend = cast(TorchBackend, types.SimpleNamespace(group="a group"))
     if failures == 2:
         with pytest.raises(torch.OutOfMemoryError):
-            share(backend, 16)
+            allocate(16)
     else:
-        memory, shared, _ = share(backend, 16)
-        assert memory.tolist() == [0] * 16
-        assert shared == "a group"
+        assert allocate(16).tolist() == [0] * 16
     assert events == ["empty", "emptied", "empty"][: 1 + 2 * (failures > 0)]
 
 
@@ -134,24 +151,14 @@ def lent(backend: Backend, bytes: int) -> tuple[str | None, list[bool], int]:
     return peers.refusal, [whole, part, bool(peers._pushes)], asked
 
 
-@pytest.fixture
-def pushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has memory shared, and kernels prepared, that are not there."""
-
-    def share(_: Any, size: int) -> tuple[torch.Tensor, Any, torch.device]:
-        return torch.zeros(size, dtype=torch.uint8), types.SimpleNamespace(buffer_ptrs_dev=0), torch.device("cpu")
-
-    monkeypatch.setattr(peer_memory, "_share", share)
-
-
-def test_a_buffer_is_known_whole_and_as_long_as_it_is_kept(capable: Callable[..., None], pushing: None) -> None:
+def test_a_buffer_is_known_whole_and_as_long_as_it_is_kept(capable: Callable[..., None]) -> None:
     capable({}, set(), [7] * RANKS)
     for refusal, known, _ in run_threads(RANKS, lent, BUFFER):
         assert refusal is None
         assert known == [True, False, False]
 
 
-def test_one_that_refuses_leaves_all_without_a_buffer(capable: Callable[..., None], pushing: None) -> None:
+def test_one_that_refuses_leaves_all_without_a_buffer(capable: Callable[..., None]) -> None:
     capable({1: "told not to"}, set(), [7] * RANKS)
     for _, known, asked in run_threads(RANKS, lent, BUFFER):
         assert known == []
@@ -159,7 +166,7 @@ def test_one_that_refuses_leaves_all_without_a_buffer(capable: Callable[..., Non
 
 
 @pytest.mark.parametrize("bytes", [LARGEST, BUFFER + 16], ids=["small", "not to be dealt"])
-def test_a_buffer_that_gains_nothing_asks_nobody(capable: Callable[..., None], pushing: None, bytes: int) -> None:
+def test_a_buffer_that_gains_nothing_asks_nobody(capable: Callable[..., None], bytes: int) -> None:
     capable({}, set(), [7] * RANKS)
     for _, known, asked in run_threads(RANKS, lent, bytes):
         assert known == []

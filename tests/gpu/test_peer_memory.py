@@ -194,14 +194,14 @@ def test_graphs_and_calls_on_several_streams_do_not_disturb_each_other() -> None
 def check_single_calls(backend: Backend) -> int:
     """How often averages that are made for a single call have mapped memory."""
     made = 0
-    make = peer_memory._make
+    make = peer_memory._make_exchange
 
     def counted(*args: Any) -> Exchange:
         nonlocal made
         made += 1
         return make(*args)
 
-    peer_memory._make = counted
+    peer_memory._make_exchange = counted
     x = normal(backend.rank, numel=100_000).cuda()
     for _ in range(4):
         compressed_allreduce(x, backend=backend)
