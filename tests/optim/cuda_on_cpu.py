@@ -25,7 +25,7 @@ PROLOGUE = """
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-using std::isfinite; using std::max; using std::min;
+using std::isfinite; using std::isinf; using std::max; using std::min;
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -101,7 +101,8 @@ def library(file: Path, prologue: str = PROLOGUE, epilogue: str = EPILOGUE) -> c
     assert COMPILER is not None
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
-        code = re.sub(r'asm\("([\w.]+) [^"]*" : "=\w"\((\w+)\) : (.*?)\);', _call, with_headers(file))
+        code = re.sub(r'asm volatile\("prefetch[^"]*" ::"l"\(\w+\)\);', "", with_headers(file))  # as if it had come
+        code = re.sub(r'asm\("([\w.]+) [^"]*" : "=\w"\((\w+)\) : (.*?)\);', _call, code)
         source.write_text(prologue + code + epilogue)
         options = [
             "-std=c++17",
