@@ -32,7 +32,8 @@ def _body(result: Document, found: Mapping[str, Sequence[Document]]) -> list[str
     tables = [markdown(shown)] if shown else []
     if len(shown) < len(rows):
         tables.append(_folded(rows))
-    shares = [_shares(row) for row in result["rows"] if row.get("stages")]
+    on_host = result["machine"]["device"] == "cpu"
+    shares = [_shares(row, on_host) for row in result["rows"] if row.get("stages")]
     return [*tables, *shares[-1:]]  # of the largest size
 
 
@@ -42,11 +43,17 @@ def _folded(rows: list[Cells]) -> str:
     return f'<details markdown="1">\n{summary}\n\n{markdown(rows)}\n\n</details>'
 
 
-def _shares(row: Mapping[str, Any]) -> str:
-    """The stages of a case as parts of its time; what a rank waits for counts where it waits."""
+def _shares(row: Mapping[str, Any], on_host: bool) -> str:
+    """The stages of a case as parts of the host's time; what a rank waits for counts where it waits.
+
+    on_host: the host is what averages; else it only tells a device to, which works meanwhile.
+    """
     total = sum(row["stages"].values()) or 1.0
     parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in row["stages"].items())
-    return f"Where `{row['case']}` of {view.tensor(row)} spends its time on rank 0: {parts}."
+    case = f"`{row['case']}` of {view.tensor(row)}"
+    if on_host:
+        return f"Where {case} spends its time on rank 0: {parts}."
+    return f"What the host of rank 0 takes to start {case}, while the GPU works: {parts}."
 
 
 def _caption(result: Document) -> str:

@@ -127,3 +127,14 @@ def test_what_was_sent_is_shown_where_no_formula_says_it(document: Document, tmp
     page = written({**document, "rows": rows}, tmp_path)
     assert "| wire bytes, formula | counted |" in page
     assert f"| - | {rows[0]['wire_bytes']:,} |" in page
+
+
+def test_stages_are_said_to_be_the_hosts_where_a_gpu_averages(document: Document, tmp_path: Path) -> None:
+    """There nothing waits for the device, so they are no parts of the time that an average takes."""
+    document["rows"][-1]["stages"] = {"encode": 1.0, "decode": 3.0}
+    shares = r"rank 0.*: encode 25%, decode 75%\."
+    assert re.search(f"spends its time on {shares}", written(document, tmp_path))
+    document["machine"]["device"] = "NVIDIA H200"
+    page = written(document, tmp_path)
+    assert re.search(f"the host of {shares}", page)
+    assert "spends its time" not in page
