@@ -68,6 +68,9 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--per-node", type=int, default=1, help="averages are timed on two levels, too, of nodes of so many ranks"
     )
+    flags.add_argument(
+        "--by-nccl", action="store_true", help="averages are timed with NCCL's own collectives for all payloads, too"
+    )
     return flags
 
 
@@ -84,7 +87,9 @@ def _over_nccl(options: argparse.Namespace, device: torch.device) -> tuple[list[
     dist.init_process_group("nccl", device_id=device)
     backend, largest = make_backend("nccl"), options.mega * MI
     nodes = sorted({1, options.per_node} - {backend.size})
-    ways = [Way(codec, name, local) for (name, codec), local in itertools.product(options.codecs, nodes)]
+    carried = [False, True] if options.by_nccl else [False]
+    choices = itertools.product(options.codecs, nodes, carried)
+    ways = [Way(codec, name, local, alone) for (name, codec), local, alone in choices]
     rows, figures = [], {}
     if "averages" in options.only:
         sizes = [*(size * MI for size in options.sizes), largest]

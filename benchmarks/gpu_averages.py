@@ -15,7 +15,8 @@ from onebit.benchmarks.case import Setting
 from onebit.benchmarks.collectives import two_level_wire
 from onebit.benchmarks.gpu_timing import MI, against, captured, differing, make_row, timed
 from onebit.benchmarks.row import Row
-from onebit.comm import Backend, CompressedAllreduce, run_threads
+from onebit.comm import Backend, CompressedAllreduce, make_backend, run_threads
+from onebit.comm.torch_backend import TorchBackend
 from onebit.compress import Codec
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,19 +32,24 @@ class Way:
         codec: what is sent.
         name: what names of rows say of it.
         local: neighbouring ranks of a node; 1: all ranks on one level.
+        alone: NCCL carries all of it, and nothing goes through memory that GPUs of one machine can all write to.
     """
 
     codec: Codec
     name: str = ""
     local: int = 1
+    alone: bool = False
 
     def __str__(self) -> str:
-        return OURS + self.name + (f", nodes of {self.local}" if self.local > 1 else "")
+        nodes = f", nodes of {self.local}" if self.local > 1 else ""
+        return OURS + self.name + nodes + ", by NCCL alone" * self.alone
 
     def average(self, like: Tensor, backend: Backend, bucket_mb: float | None = None) -> CompressedAllreduce:
         """The average of such tensors, in one bucket unless told otherwise."""
         bucket_mb = bucket_mb or 4 * like.numel() / MI
         local_group = self.local if self.local > 1 else None
+        if self.alone and isinstance(backend, TorchBackend):
+            backend = _nccl_alone()
         return CompressedAllreduce(like, backend, codec=self.codec, bucket_mb=bucket_mb, local_group=local_group)
 
     def wire_bytes(self, numel: int, backend: Backend) -> int:
@@ -120,6 +126,16 @@ def _checked(
     dist.all_reduce(wrong)
     stats = average.stats
     return int(wrong), (stats.wire_bytes - stats.local_bytes) // stats.calls
+
+
+@lru_cache(1)
+def _nccl_alone() -> Backend:
+    """All ranks, over NCCL and nothing else; collective when it is first called."""
+    made = make_backend(dist.new_group())
+    assert isinstance(made, TorchBackend)
+    assert made.peers is not None
+    made.peers.refusal = "NCCL alone is timed"
+    return made
 
 
 @lru_cache(1)  # buckets of several sizes have one result

@@ -20,6 +20,11 @@ WAYS = [
 ]
 
 
+def test_rows_tell_what_carries_payloads() -> None:
+    assert str(Way(SignCodec())) == "compressed"
+    assert str(Way(SignCodec(), local=2, alone=True)) == "compressed, nodes of 2, by NCCL alone"
+
+
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_the_bytes_that_a_rank_must_send_are_those_that_it_sends(way: Way) -> None:
     def sent(backend: Backend) -> int:
