@@ -100,7 +100,8 @@ class CompressedAllreduce(Planned):
 
         Args:
             tensors: shaped as those that this was made for; every element in a place of its own, as they are written.
-            overlap: False where the caller waits at once: on CUDA a small average then starts sooner.
+            overlap: False where the caller waits at once: on CUDA a small average then starts sooner. The same on every
+                rank.
 
         Raises:
             InputError: not the tensors this was made for, or the last work is not done; nothing was changed.

@@ -167,7 +167,8 @@ class CompressedReduceScatter(_Phase):
 
         Args:
             tensors: shaped as those that this was made for; any strides.
-            overlap: False where the caller waits at once: on CUDA a small one then starts sooner.
+            overlap: False where the caller waits at once: on CUDA a small one then starts sooner. The same on every
+                rank.
 
         Raises:
             InputError: not the tensors this was made for, or the last work is not done; nothing was changed.

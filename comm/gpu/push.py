@@ -15,7 +15,7 @@ MOST_RANKS = 8  # as in push.cu
 UNIT = 16  # bytes that are moved at once; pieces are whole numbers of them
 _SIGNALS = 2 * 4 * MOST_RANKS  # bytes per block of threads; as in push.cu
 _EACH = 4 * UNIT * THREADS  # bytes that keep a block of threads busy
-_ALONE, _BESIDE = 128, 32  # blocks of threads at most: with the device to itself, and with most of it left to others
+_MOST_BLOCKS = 64  # of threads, so that most of the device is left to others
 
 
 class Push:
@@ -28,7 +28,7 @@ class Push:
         ranks: how many there are.
         bytes: of the output, which is a piece from every rank, each a multiple of `UNIT`.
         given_up: (1,) int32 in pinned memory: set by a rank that has waited too long; once set nothing waits long.
-        device: whose current stream the kernels are queued on.
+        device: the GPU.
 
     Attributes:
         bytes: as given.
@@ -40,27 +40,26 @@ class Push:
         self.bytes = bytes
         self._device = device
         self._piece = bytes // ranks
-        self._state = torch.zeros(1 + _ALONE, dtype=torch.int32, device=device)
+        self._state = torch.zeros(1 + _MOST_BLOCKS, dtype=torch.int32, device=device)
         self._given_up = given_up
         self._where = (memories, bytes, self._state.data_ptr(), given_up.data_ptr(), ranks, rank)
 
-    def __call__(self, input: Tensor, limit: float, beside: torch.cuda.Stream | None = None) -> None:
+    def __call__(self, input: Tensor, limit: float, stream: torch.cuda.Stream | None = None) -> None:
         """Queue it.
 
         Args:
             input: contiguous, any dtype, at a multiple of `UNIT`: a piece for every rank, or one, the same for all.
             limit: seconds that it may take.
-            beside: the stream to use, if something else is to run on the device meanwhile; None: the current one. That
-                there is one, or none, is so on every rank.
+            stream: where; None: on the current one.
         """
         units = self._piece // UNIT
         stride = 0 if input.nbytes == self._piece else units
-        blocks, stream = (_ALONE, None) if beside is None else (_BESIDE, beside.cuda_stream)
-        threads = THREADS * min(ceil_div(self._piece, _EACH), blocks)
+        threads = THREADS * min(ceil_div(self._piece, _EACH), _MOST_BLOCKS)
         arguments = (input.data_ptr(), units, stride, *self._where, int(1e9 * limit))
-        launch(SOURCE, "push", self._device, threads, *arguments, stream=stream)
+        handle = None if stream is None else stream.cuda_stream
+        launch(SOURCE, "push", self._device, threads, *arguments, stream=handle)
 
 
 def memory_bytes(bytes: int) -> int:
     """Size of a rank's memory for an output of so many bytes."""
-    return bytes + _ALONE * _SIGNALS
+    return bytes + _MOST_BLOCKS * _SIGNALS

@@ -35,10 +35,10 @@ class OneDevice:
         where = self.addresses.data_ptr()
         self.pushes = [Push(where, rank, ranks, self.bytes, self.given_up[rank], device) for rank in range(ranks)]
 
-    def run(self, inputs: list[Tensor], taking_part: list[int], limit: float = 20.0, alone: bool = True) -> None:
+    def run(self, inputs: list[Tensor], taking_part: list[int], limit: float = 20.0, current: bool = True) -> None:
         for rank in taking_part:
             with torch.cuda.stream(self.streams[rank]):
-                self.pushes[rank](inputs[rank], limit, None if alone else self.streams[rank])
+                self.pushes[rank](inputs[rank], limit, None if current else self.streams[rank])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -49,7 +49,7 @@ def test_every_rank_gets_a_piece_of_every_rank(ranks: int, piece: int, one_for_e
     for call in range(6):
         inputs = random_bytes(ranks, ranks * piece if one_for_each else piece)
         torch.cuda.synchronize()
-        device.run(inputs, [(rank + call) % ranks for rank in range(ranks)], alone=call % 3 > 0)
+        device.run(inputs, [(rank + call) % ranks for rank in range(ranks)], current=call % 3 > 0)
         torch.cuda.synchronize()
         for rank, got in enumerate(device.outputs):
             own = rank if one_for_each else 0
