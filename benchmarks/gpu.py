@@ -69,7 +69,7 @@ def _flags() -> argparse.ArgumentParser:
         "--per-node", type=int, default=1, help="averages are timed on two levels, too, of nodes of so many ranks"
     )
     flags.add_argument(
-        "--by-nccl", action="store_true", help="averages are timed with NCCL's own collectives for all payloads, too"
+        "--by-nccl", action="store_true", help="averages on one level are timed with NCCL's own collectives, too"
     )
     return flags
 
@@ -87,9 +87,9 @@ def _over_nccl(options: argparse.Namespace, device: torch.device) -> tuple[list[
     dist.init_process_group("nccl", device_id=device)
     backend, largest = make_backend("nccl"), options.mega * MI
     nodes = sorted({1, options.per_node} - {backend.size})
-    carried = [False, True] if options.by_nccl else [False]
-    choices = itertools.product(options.codecs, nodes, carried)
-    ways = [Way(codec, name, local, alone) for (name, codec), local, alone in choices]
+    ways = [Way(codec, name, local) for (name, codec), local in itertools.product(options.codecs, nodes)]
+    if options.by_nccl:  # on one level: groups of the ranks of a node would find out for themselves what they may use
+        ways += [Way(codec, name, alone=True) for name, codec in options.codecs]
     rows, figures = [], {}
     if "averages" in options.only:
         sizes = [*(size * MI for size in options.sizes), largest]

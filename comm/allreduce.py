@@ -208,8 +208,7 @@ def compressed_allreduce(
     input only once, while this compares it every time.
 
     Args:
-        tensor: a tensor or list of tensors, fp32, bf16 or fp16, any strides but those of an expanded
-            one; overwritten.
+        tensor: a tensor or list of tensors, fp32, bf16 or fp16, any strides but those of an expanded one; overwritten.
         residual: error feedback, kept from call to call; start with an empty `Residual()`. None: the error of this
             call is forgotten.
         backend, codec: as for `CompressedAllreduce`.

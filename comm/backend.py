@@ -214,8 +214,19 @@ class Backend(ABC):
 
         Returns:
             (bytes,) uint8 of zeros on `device`: any memory, unless a transport has some that it fills sooner.
+
+        Raises:
+            BackendError: it carries no tensors on such a device, or the size is no number of bytes.
+            TransportError: a rank did not take part within the timeout.
         """
-        return torch.zeros(bytes, dtype=torch.uint8, device=device)
+        if not isinstance(bytes, int) or isinstance(bytes, bool) or bytes < 0:
+            raise BackendError(f"rank {self.rank}: buffer takes a number of bytes, 0 or more, got {bytes!r}")
+        if not self.carries(device):
+            raise BackendError(
+                f"rank {self.rank}: buffer on the {self.name!r} backend is for {self.carried} tensors, got {device}; "
+                "give the device of the tensors, or name a backend for that device"
+            )
+        return self._buffer(bytes, device)
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Start summing `tensor` over all ranks in place; every rank gets the same bits.
@@ -314,6 +325,10 @@ class Backend(ABC):
     @abstractmethod
     def _all_gather(self, output: Tensor, input: Tensor) -> Handle | None:
         """Start it, for at least one element; None when it is complete on return."""
+
+    def _buffer(self, bytes: int, device: torch.device) -> Tensor:
+        """As `buffer`; a transport that has memory of its own overrides it."""
+        return torch.zeros(bytes, dtype=torch.uint8, device=device)
 
     def _part(self, members: Sequence[int]) -> Backend:
         """These ranks, which call this together, as a group of their own, in this order; this rank is one of them."""

@@ -129,8 +129,6 @@ class PeerMemory:
     def _tried(self, backend: TorchBackend, run: Callable[[], Made]) -> tuple[Made | None, str | None]:
         """What `run` returns, or what is wrong."""
         with backend.limited("peer memory"):
-            torch.cuda.synchronize()
-            _retired.clear()
             try:
                 return run(), None
             except Exception as error:  # whatever PyTorch raises where the driver does not do it
@@ -236,9 +234,11 @@ def _machine() -> int:
 
 
 def _allocate(size: int) -> Tensor:
-    """(size,) uint8 that others can map, zeros."""
+    """(size,) uint8 that others can map, zeros; what nobody needs any more is freed first."""
     from torch.distributed import _symmetric_memory
 
+    torch.cuda.synchronize()
+    _retired.clear()
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)

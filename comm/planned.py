@@ -99,7 +99,7 @@ class Planned:
 
     @classmethod
     def for_one_call(cls: type[Made], *arguments: Any, **named: Any) -> Made:
-        """Make one that is soon made and soon forgotten."""
+        """Make one as the constructor does, of the tensors of the only call: in memory that takes no preparation."""
         made = cls.__new__(cls)
         made._lasting = False
         cls.__init__(made, *arguments, **named)

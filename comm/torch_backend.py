@@ -145,9 +145,9 @@ class TorchBackend(Backend):
         self._parts.add(part)
         return part
 
-    def buffer(self, bytes: int, device: torch.device) -> Tensor:
-        made = self.peers.buffer(bytes) if self.peers is not None and device.type == "cuda" else None
-        return super().buffer(bytes, device) if made is None else made
+    def _buffer(self, bytes: int, device: torch.device) -> Tensor:
+        made = None if self.peers is None else self.peers.buffer(bytes)
+        return super()._buffer(bytes, device) if made is None else made
 
     def _collective(self, operation: str, output: Tensor, input: Tensor, wire_bytes: int) -> Collective:
         if self.peers is None:

@@ -44,8 +44,8 @@ __device__ __forceinline__ void move(uint4* to, const uint4* from, i64 units) {
 // Piece r of `input`, of `units` uint4 at r * stride, goes to rank r; piece r of the output comes from there. memories[r]:
 // the output of rank r, and at `signals_at` bytes its Signals, one for each block. state[0] is set when a peer has kept this
 // rank waiting for `limit` nanoseconds, and *told, in host memory; the words after it count launches, for each block. A
-// piece of which anything is missing is all set bits, so that its scales say NaN. Who gives up tells the others, who then
-// write nothing more to it.
+// piece of which anything is missing is all set bits, so that its scales say NaN. Whose piece is missing is told, and then
+// writes nothing more here.
 extern "C" __global__ void __launch_bounds__(THREADS) push(
     const uint4* input, i64 units, i64 stride, u8* const* memories, i64 signals_at, int* state, int* told, i64 ranks,
     i64 rank, i64 limit) {

@@ -161,6 +161,13 @@ def check_wrong_arguments_are_refused_and_nothing_is_sent(backend: Backend) -> N
     for call in wrong:
         with pytest.raises(BackendError, match=f"rank {backend.rank}: all_"):
             call()
+    cpu = torch.device("cpu")
+    buffers: list[Callable[[], object]] = [lambda: backend.buffer(-1, cpu), lambda: backend.buffer(2.0, cpu)]  # type: ignore[arg-type]
+    if backend.device_type is not None:
+        buffers.append(lambda: backend.buffer(16, torch.device("meta")))
+    for call in buffers:
+        with pytest.raises(BackendError, match=f"rank {backend.rank}: buffer "):
+            call()
     assert backend.traffic.collectives == 0
     backend.barrier()
 
@@ -171,6 +178,8 @@ def check_prepared_collectives_start_again_and_again(backend: Backend) -> None:
     sent, mine = torch.zeros(backend.size * k), torch.zeros(k)
     backend.traffic.reset()
     exchange, gather = backend.prepare_all_to_all(received, sent), backend.prepare_all_gather(everyone, mine)
+    lent = backend.buffer(5, sent.device)
+    assert (lent.dtype, lent.device, lent.tolist()) == (torch.uint8, sent.device, [0] * 5)
     with pytest.raises(BackendError, match=f"rank {backend.rank}: all_gather of {k} elements"):
         backend.prepare_all_gather(everyone[1:], mine)
     assert backend.traffic.collectives == 0

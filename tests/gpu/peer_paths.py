@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +17,53 @@ from tests.comm.launcher import run_ranks
 
 LIMIT = 0.3  # seconds
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+class OneDevice:
+    """Ranks that are streams of one device, each with memory that all write to.
+
+    Args:
+        size: of that memory, in bytes.
+
+    Attributes:
+        memories: of every rank.
+        where: on the device their addresses are.
+        given_up: of every rank.
+        device: it.
+    """
+
+    def __init__(self, ranks: int, size: int) -> None:
+        self.memories = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(ranks)]
+        self._addresses = torch.tensor([memory.data_ptr() for memory in self.memories], device="cuda")
+        self.where = self._addresses.data_ptr()
+        self.given_up = [torch.zeros(1, dtype=torch.int32, pin_memory=True) for _ in range(ranks)]
+        self.streams = [torch.cuda.Stream() for _ in range(ranks)]
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def each(self, run: Callable[[int], object], taking_part: Sequence[int]) -> None:
+        """Call `run` for these ranks, each on its stream."""
+        for rank in taking_part:
+            with torch.cuda.stream(self.streams[rank]):
+                run(rank)
+
+
+def check_pieces(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], bytes: int, one_for_each: bool, told: str
+) -> None:
+    """Every rank has a piece of so many bytes of every rank: its own, or the only one."""
+    for rank, got in enumerate(outputs):
+        own = rank if one_for_each else 0
+        expected = torch.cat([given[own * bytes :][:bytes] for given in inputs])
+        assert torch.equal(got, expected), f"{told}, rank {rank}: {int((got != expected).sum())} bytes differ"
+
+
+def check_waits_no_more(run: Callable[[float], object]) -> None:
+    """Once a rank has given up, ten more, which might each take `run`'s seconds, are soon over."""
+    start = time.monotonic()
+    for _ in range(10):
+        run(60.0)
+    torch.cuda.synchronize()
+    assert time.monotonic() - start < 10.0  # seconds, of the 600 that they might have waited
 
 
 def random_bytes(ranks: int, numel: int, skew: int = 0) -> list[Tensor]:

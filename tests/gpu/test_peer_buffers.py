@@ -16,52 +16,55 @@ from onebit.comm.torch_backend import TorchBackend
 from onebit.compress import Int8Codec, SignCodec
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import bits, normal
-from tests.gpu.peer_paths import LIMIT, check_ended, check_same_bits, ended, random_bytes, two_devices
+from tests.gpu.peer_paths import (
+    LIMIT,
+    OneDevice,
+    check_ended,
+    check_pieces,
+    check_same_bits,
+    check_waits_no_more,
+    ended,
+    random_bytes,
+    two_devices,
+)
 
 PIECES = [UNIT, 5 * UNIT, 33_792, 1_000_016]  # bytes: one unit, few, a small payload, more than a block moves at once
 
 
-class OneDevice:
-    """Ranks that are streams of one device, each with its memory."""
+class Buffers(OneDevice):
+    """Ranks with outputs for pieces of so many bytes, and signals."""
 
     def __init__(self, ranks: int, piece: int) -> None:
-        self.bytes = ranks * piece
-        self.memories = [torch.zeros(memory_bytes(self.bytes), dtype=torch.uint8, device="cuda") for _ in range(ranks)]
-        self.outputs = [memory[: self.bytes] for memory in self.memories]
-        self.addresses = torch.tensor([memory.data_ptr() for memory in self.memories], device="cuda")
-        self.given_up = [torch.zeros(1, dtype=torch.int32, pin_memory=True) for _ in range(ranks)]
-        self.streams = [torch.cuda.Stream() for _ in range(ranks)]
-        device = torch.device("cuda", torch.cuda.current_device())
-        where = self.addresses.data_ptr()
-        self.pushes = [Push(where, rank, ranks, self.bytes, self.given_up[rank], device) for rank in range(ranks)]
+        bytes = ranks * piece
+        super().__init__(ranks, memory_bytes(bytes))
+        self.outputs = [memory[:bytes] for memory in self.memories]
+        self.pushes = [Push(self.where, rank, ranks, bytes, self.given_up[rank], self.device) for rank in range(ranks)]
 
     def run(self, inputs: list[Tensor], taking_part: list[int], limit: float = 20.0, current: bool = True) -> None:
-        for rank in taking_part:
-            with torch.cuda.stream(self.streams[rank]):
-                self.pushes[rank](inputs[rank], limit, None if current else self.streams[rank])
+        def push(rank: int) -> None:
+            self.pushes[rank](inputs[rank], limit, None if current else self.streams[rank])
+
+        self.each(push, taking_part)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("piece", PIECES)
 @pytest.mark.parametrize("one_for_each", [True, False])
 def test_every_rank_gets_a_piece_of_every_rank(ranks: int, piece: int, one_for_each: bool) -> None:
-    device = OneDevice(ranks, piece)
+    device = Buffers(ranks, piece)
     for call in range(6):
         inputs = random_bytes(ranks, ranks * piece if one_for_each else piece)
         torch.cuda.synchronize()
         device.run(inputs, [(rank + call) % ranks for rank in range(ranks)], current=call % 3 > 0)
         torch.cuda.synchronize()
-        for rank, got in enumerate(device.outputs):
-            own = rank if one_for_each else 0
-            expected = torch.cat([given[own * piece :][:piece] for given in inputs])
-            assert torch.equal(got, expected), f"call {call}, rank {rank}: {int((got != expected).sum())} bytes differ"
+        check_pieces(device.outputs, inputs, piece, one_for_each, f"call {call}")
         assert not any(int(flag) for flag in device.given_up)
 
 
 def test_nobody_writes_to_an_output_that_is_still_read() -> None:
     """Every rank copies its output, at its own pace, before it starts the next."""
     ranks, piece, calls = 3, 33_792, 30
-    device = OneDevice(ranks, piece)
+    device = Buffers(ranks, piece)
     inputs = [random_bytes(ranks, ranks * piece) for _ in range(calls)]
     seen = [random_bytes(ranks, ranks * piece) for _ in range(calls)]
     torch.cuda.synchronize()
@@ -74,13 +77,12 @@ def test_nobody_writes_to_an_output_that_is_still_read() -> None:
                 seen[call][rank].copy_(device.outputs[rank])
     torch.cuda.synchronize()
     for call in range(calls):
-        for rank, got in enumerate(seen[call]):
-            assert torch.equal(got, torch.cat([x[rank * piece :][:piece] for x in inputs[call]])), (call, rank)
+        check_pieces(seen[call], inputs[call], piece, True, f"call {call}")
 
 
 def test_who_waits_in_vain_says_nan_and_waits_no_more() -> None:
     piece = 1_000_016
-    device = OneDevice(3, piece)
+    device = Buffers(3, piece)
     inputs = random_bytes(3, 3 * piece)
     torch.cuda.synchronize()
     start = time.monotonic()
@@ -91,16 +93,12 @@ def test_who_waits_in_vain_says_nan_and_waits_no_more() -> None:
         assert int(device.given_up[rank]) == 1
         assert bool((device.outputs[rank] == 255).all())
     assert bool((device.outputs[2] == 0).all()), "nothing is written to a rank that has not said it may be"
-    start = time.monotonic()
-    for _ in range(10):
-        device.run(inputs, [0, 1], 60.0)
-    torch.cuda.synchronize()
-    assert time.monotonic() - start < 10.0  # seconds, of the 600 that they might have waited
+    check_waits_no_more(lambda limit: device.run(inputs, [0, 1], limit))
 
 
 def test_nobody_writes_to_who_has_given_up() -> None:
     piece = 33_792
-    device = OneDevice(2, piece)
+    device = Buffers(2, piece)
     inputs = random_bytes(2, 2 * piece)
     torch.cuda.synchronize()
     device.run(inputs, [0], LIMIT)

@@ -24,28 +24,30 @@ from onebit.comm.torch_backend import TorchBackend
 from onebit.compress import Int8Codec, SignCodec
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import bits, normal
-from tests.gpu.peer_paths import LIMIT, check_ended, check_same_bits, ended, random_bytes, two_devices
+from tests.gpu.peer_paths import (
+    LIMIT,
+    OneDevice,
+    check_ended,
+    check_pieces,
+    check_same_bits,
+    check_waits_no_more,
+    ended,
+    random_bytes,
+    two_devices,
+)
 
 
-class OneDevice:
-    """Ranks that are streams of one device, each with its mailbox."""
+class Mailboxes(OneDevice):
+    """Ranks with mailboxes for pieces of so many bytes."""
 
     def __init__(self, ranks: int, bytes: int, pieces: int) -> None:
-        size = mailbox_bytes(bytes, ranks)
-        self.mailboxes = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(ranks)]
-        self.addresses = torch.tensor([mailbox.data_ptr() for mailbox in self.mailboxes], device="cuda")
-        self.given_up = [torch.zeros(1, dtype=torch.int32, pin_memory=True) for _ in range(ranks)]
-        self.streams = [torch.cuda.Stream() for _ in range(ranks)]
-        device = torch.device("cuda", torch.cuda.current_device())
-        where = self.addresses.data_ptr()
+        super().__init__(ranks, mailbox_bytes(bytes, ranks))
         self.exchanges = [
-            Exchange(where, rank, ranks, bytes, pieces, self.given_up[rank], device) for rank in range(ranks)
+            Exchange(self.where, rank, ranks, bytes, pieces, self.given_up[rank], self.device) for rank in range(ranks)
         ]
 
     def run(self, outputs: list[Tensor], inputs: list[Tensor], taking_part: list[int], limit: float = 20.0) -> None:
-        for rank in taking_part:
-            with torch.cuda.stream(self.streams[rank]):
-                self.exchanges[rank](outputs[rank], inputs[rank], limit)
+        self.each(lambda rank: self.exchanges[rank](outputs[rank], inputs[rank], limit), taking_part)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -54,7 +56,7 @@ class OneDevice:
 @pytest.mark.parametrize("one_for_each", [True, False])
 def test_every_rank_gets_a_piece_of_every_rank(ranks: int, bytes: int, skew: int, one_for_each: bool) -> None:
     pieces = ranks if one_for_each else 1
-    device = OneDevice(ranks, bytes, pieces)
+    device = Mailboxes(ranks, bytes, pieces)
     torch.cuda.synchronize()
     for call in range(5):  # both places of the mailbox, again and again
         inputs, outputs = random_bytes(ranks, pieces * bytes, skew), random_bytes(ranks, ranks * bytes, skew)
@@ -62,17 +64,14 @@ def test_every_rank_gets_a_piece_of_every_rank(ranks: int, bytes: int, skew: int
         order = [(rank + call) % ranks for rank in range(ranks)]
         device.run(outputs, inputs, order)
         torch.cuda.synchronize()
-        for rank, got in enumerate(outputs):
-            own = rank if one_for_each else 0
-            expected = torch.cat([given[own * bytes :][:bytes] for given in inputs])
-            assert torch.equal(got, expected), f"call {call}, rank {rank}: {int((got != expected).sum())} bytes differ"
+        check_pieces(outputs, inputs, bytes, one_for_each, f"call {call}")
         assert not any(int(flag) for flag in device.given_up)
 
 
 def test_calls_may_run_one_ahead() -> None:
     """Nothing but the kernels themselves keeps a rank from overtaking another."""
     ranks, bytes, calls = 3, 33792, 40
-    device = OneDevice(ranks, bytes, ranks)
+    device = Mailboxes(ranks, bytes, ranks)
     inputs = [random_bytes(ranks, ranks * bytes, 0) for _ in range(calls)]
     outputs = [random_bytes(ranks, ranks * bytes, 0) for _ in range(calls)]
     torch.cuda.synchronize()
@@ -82,12 +81,11 @@ def test_calls_may_run_one_ahead() -> None:
             torch.cuda._sleep(200_000)  # this rank is late for the next
     torch.cuda.synchronize()
     for call in range(calls):
-        for rank, got in enumerate(outputs[call]):
-            assert torch.equal(got, torch.cat([x[rank * bytes :][:bytes] for x in inputs[call]])), (call, rank)
+        check_pieces(outputs[call], inputs[call], bytes, True, f"call {call}")
 
 
 def test_who_waits_in_vain_says_nan_and_waits_no_more() -> None:
-    device = OneDevice(3, 4096, 3)
+    device = Mailboxes(3, 4096, 3)
     inputs, outputs = random_bytes(3, 3 * 4096, 0), random_bytes(3, 3 * 4096, 0)
     torch.cuda.synchronize()
     start = time.monotonic()
@@ -100,11 +98,7 @@ def test_who_waits_in_vain_says_nan_and_waits_no_more() -> None:
         here, missing = outputs[rank].split([2 * 4096, 4096])
         assert torch.equal(here, torch.cat([x[rank * 4096 :][:4096] for x in inputs[:2]]))
         assert bool((missing == 255).all())
-    start = time.monotonic()
-    for _ in range(10):
-        device.run(outputs, inputs, [0, 1], 60.0)
-    torch.cuda.synchronize()
-    assert time.monotonic() - start < 10.0  # seconds, of the 600 that they might have waited
+    check_waits_no_more(lambda limit: device.run(outputs, inputs, [0, 1], limit))
 
 
 def averages(backend: Backend) -> list[list[bytes]]:

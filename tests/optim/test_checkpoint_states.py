@@ -182,6 +182,11 @@ def test_the_kind_of_weight_decay_goes_on_as_torchs_adam_had_it(kind: str, torch
         own["param_groups"][0]["adamw_mode"] = not modes[0]  # what is saved here is told by its own name
         optimizer.load_state_dict(own)
         assert [group["adamw_mode"] for group in optimizer.param_groups] == [not modes[0], modes[1]]
+        before = everything(optimizer)
+        saved["param_groups"][1]["decoupled_weight_decay"] = "yes"
+        with pytest.raises(InputError, match="adamw_mode"):
+            optimizer.load_state_dict(saved)
+        assert everything(optimizer) == before
 
     run_threads(1, load)
 
