@@ -49,8 +49,9 @@ def _all_operators(codec: Codec, dtype: torch.dtype, masked: bool) -> None:
     residual, server = torch.zeros(layout.padded_numel, device="cuda"), torch.zeros(layout.chunk_numel, device="cuda")
     feedback = codec.error_feedback
     payload = codec.encode(x, residual if feedback else None, layout=layout, mask=mask)
-    payloads = payload.view(2, -1)[:1].repeat(3, 1)
-    mean = codec.reduce_encode(payloads, server if feedback else None, layout=layout, chunk=0, mask=mask)
+    for ranks in (2, 4, 8, 3):  # of these numbers but the last some have kernels of their own
+        payloads = payload.view(2, -1)[:1].repeat(ranks, 1)
+        mean = codec.reduce_encode(payloads, server if feedback else None, layout=layout, chunk=0, mask=mask)
     if feedback:
         codec.unchecked(mean.device).undo_reduce(payloads, server, mask, mean, layout, 0)
     assert codec.all_finite(payload, layout)

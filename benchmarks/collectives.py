@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def _all_reduce_run(state: Exchange) -> None:
         state.setting.backend.all_reduce(state.tensor).wait()
 
 
-def _all_reduce_check(state: Exchange) -> Callable[[], int]:
+def summed_check(state: Exchange) -> Callable[[], int]:
     """Sums, to within one rounding of the dtype for each rank."""
 
     def wrong() -> int:
@@ -148,7 +148,8 @@ def _differing(state: Exchange) -> int:
     return 0 if digests[0] == digests[state.setting.backend.rank] else state.setting.numel
 
 
-def _tensor_bytes(setting: Setting) -> float:
+def tensor_bytes(setting: Setting) -> float:
+    """Of what is averaged."""
     return float(setting.numel * setting.dtype.itemsize)
 
 
@@ -174,12 +175,12 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         family="collectives",
         role="plain",
         capturable=True,
-        moved=_tensor_bytes,
-        wire=lambda setting: _share(setting) * _tensor_bytes(setting),
+        moved=tensor_bytes,
+        wire=lambda setting: _share(setting) * tensor_bytes(setting),
         inputs=_exchange_inputs,
         refresh=_put_back,
         run=_all_reduce_run,
-        check=_all_reduce_check,
+        check=summed_check,
     ),
     Case(
         name="all_reduce-bf16",
@@ -187,12 +188,12 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         family="collectives",
         role="bf16",
         capturable=True,
-        moved=_tensor_bytes,
+        moved=tensor_bytes,
         wire=lambda setting: _share(setting) * 2 * setting.numel,
         inputs=_half_inputs,
         refresh=_put_back,
         run=_all_reduce_run,
-        check=_all_reduce_check,
+        check=summed_check,
     ),
     Case(
         name="compressed",
@@ -201,7 +202,7 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         role="one level",
         against=("plain", "bf16"),
         capturable=True,
-        moved=_tensor_bytes,
+        moved=tensor_bytes,
         wire=_compressed_wire,
         inputs=_inputs_of("compressed"),
         refresh=_put_back,
@@ -216,7 +217,7 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         against=("one level", "plain"),
         nodes=True,
         capturable=True,
-        moved=_tensor_bytes,
+        moved=tensor_bytes,
         wire=two_level_wire,
         inputs=_inputs_of("compressed", two_levels=True),
         refresh=_put_back,
@@ -225,6 +226,12 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         check=_two_level_check,
     ),
 )
+
+
+def beside(kind: str, name: str, *against: str) -> Case[Any]:
+    """One of `COLLECTIVES` in the family of a kind of others, on CUDA devices; measured against these roles, too."""
+    (case,) = [case for case in COLLECTIVES if case.name == name]
+    return replace(case, name=f"{kind}-{name}", family=f"{kind}s", devices=("cuda",), against=(*case.against, *against))
 
 
 def _auto_check(state: Exchange) -> Callable[[], int]:
@@ -241,7 +248,7 @@ def _mode(mode: Mode, check: Callable[[Exchange], Callable[[], int]], **options:
         summary=f'CompressedAllreduce(mode="{mode}") of the same tensor',
         family="modes",
         capturable=True,
-        moved=_tensor_bytes,
+        moved=tensor_bytes,
         inputs=_inputs_of(mode),
         refresh=_put_back,
         run=_run,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from onebit.benchmarks.case import Case, Setting
-from onebit.benchmarks.collectives import COLLECTIVES
+from onebit.benchmarks.collectives import beside
 
 NEEDS = "the case DeepSpeed needs its package, in the last version that has 1-bit optimizers: deepspeed==0.19.6"
 
@@ -98,15 +98,9 @@ def wrong_average(inputs: list[Tensor], outcome: Tensor) -> int:
     return int(wrong.sum())
 
 
-def _ours(name: str) -> Case[Any]:
-    (case,) = [case for case in COLLECTIVES if case.name == name]
-    against = (*case.against, "DeepSpeed") if case.against else ()
-    return replace(case, name=f"peer-{name}", family="peers", devices=("cuda",), against=against)
-
-
 PEERS: tuple[Case[Any], ...] = (
-    _ours("all_reduce"),
-    _ours("all_reduce-bf16"),
+    beside("peer", "all_reduce"),
+    beside("peer", "all_reduce-bf16"),
     Case(
         name="DeepSpeed",
         summary="NcclBackend.compressed_allreduce of DeepSpeed",
@@ -119,5 +113,5 @@ PEERS: tuple[Case[Any], ...] = (
         run=_run,
         check=_check,
     ),
-    _ours("compressed"),
+    beside("peer", "compressed", "DeepSpeed"),
 )

@@ -8,6 +8,7 @@ from typing import Any
 from onebit.benchmarks.adam import ADAM, ADAM_RANKS
 from onebit.benchmarks.case import Case
 from onebit.benchmarks.collectives import COLLECTIVES, MODES
+from onebit.benchmarks.groups import GROUPS
 from onebit.benchmarks.kernels import KERNELS
 from onebit.benchmarks.onebit_steps import STEPS
 from onebit.benchmarks.peers import PEERS
@@ -21,6 +22,7 @@ CASES: tuple[Case[Any], ...] = (
     *MODES,
     *STAGES,
     *PEERS,
+    *GROUPS,
     *STEPS,
     *ADAM,
     *ADAM_RANKS,

@@ -90,6 +90,7 @@ class Collective:
         self._moves = input.numel() > 0  # sizes agree on all ranks, so all of them leave an empty collective out
         self._guard = backend.guard(operation)
         self._beside, self._in_line = f"_{operation}", f"_{operation}_in_line"
+        self._started = False  # ever
 
     def start(self, *, in_line: bool = False) -> Work:
         """Start it; the buffers must stay untouched until `Work.wait` returns.
@@ -105,6 +106,7 @@ class Collective:
         if self._moves:
             with self._guard:
                 handle = self._launch(in_line)
+        self._started = True
         self._backend.traffic.add(self._wire_bytes)
         return Work(self._backend, self._operation, handle)
 

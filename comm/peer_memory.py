@@ -13,14 +13,15 @@ import os
 import weakref
 from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from onebit.comm.backend import Collective, Handle
+from onebit.comm.backend import Handle
+from onebit.comm.machine import machine
 from onebit.comm.numbers import gather_numbers
+from onebit.comm.striping import StripedCollective, Stripes
 from onebit.compress.kernels import kernels_for
 from onebit.compress.layout import ALIGNMENT
 
@@ -136,19 +137,19 @@ class PeerMemory:
 
     def _agree(self, backend: TorchBackend, problem: str | None) -> None:
         """Have the first problem of any rank become the refusal of all; ends in an error if one of them is dead."""
-        rows = gather_numbers(backend, [float(problem is not None), float(_machine())])
+        rows = gather_numbers(backend, [float(problem is not None), float(machine())])
         troubled = [rank for rank, (trouble, _) in enumerate(rows) if trouble]
         if problem is not None:
             self.refusal = problem
         elif troubled:
             self.refusal = f"rank {troubled[0]} refused"
-        elif len({machine for _, machine in rows}) > 1:
+        elif len({where for _, where in rows}) > 1:
             self.refusal = "the ranks are on several machines"
         if self.refusal is not None:
             _log.debug("rank %d: all collectives go through NCCL: %s", backend.rank, self.refusal)
 
 
-class PeerCollective(Collective):
+class PeerCollective(StripedCollective):
     """A collective over NCCL, but through peers' memory where its output is a `PeerMemory.buffer`, or small.
 
     A small one takes that way if nothing else is to run until `wait`. Its first start is NCCL's: milliseconds to map
@@ -156,21 +157,27 @@ class PeerCollective(Collective):
     """
 
     def __init__(
-        self, backend: TorchBackend, peers: PeerMemory, operation: str, output: Tensor, input: Tensor, wire_bytes: int
+        self,
+        backend: TorchBackend,
+        peers: PeerMemory,
+        stripes: Stripes,
+        operation: str,
+        output: Tensor,
+        input: Tensor,
+        wire_bytes: int,
     ) -> None:
-        super().__init__(backend, operation, output, input, wire_bytes)
+        super().__init__(backend, stripes, operation, output, input, wire_bytes)
         self._peers = peers
         self._push = peers.push_to(output)
         self._exchange: Exchange | None = None
-        self._used, self._asked = False, False
+        self._asked = False
         self._pushing: _Beside | None = None
 
     def _launch(self, in_line: bool) -> Handle | None:
         if self._push is not None:
             self._backend.check()
             return self._pushed(self._push, in_line)
-        if not in_line or not self._used:
-            self._used = True
+        if not in_line or not self._started:
             return super()._launch(in_line)
         if not self._asked and not torch.cuda.is_current_stream_capturing():  # while others cannot be waited for
             self._asked = True
@@ -226,11 +233,6 @@ def _refusal(backend: TorchBackend) -> str | None:
     from onebit.comm.gpu.exchange import MOST_RANKS
 
     return f"more than {MOST_RANKS} ranks" if backend.size > MOST_RANKS else None
-
-
-def _machine() -> int:
-    """The same number in all processes of a machine, of 48 bits."""
-    return int(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[-12:], 16)
 
 
 def _allocate(size: int) -> Tensor:

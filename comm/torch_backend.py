@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import cached_property
@@ -20,6 +21,7 @@ from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllTo
 from onebit.comm.backend import DEFAULT_TIMEOUT, Backend, Collective, Handle
 from onebit.comm.errors import BackendError
 from onebit.comm.peer_memory import PeerCollective, PeerMemory
+from onebit.comm.striping import Stripes
 from onebit.comm.watch import Watch
 
 HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # what PyTorch does about NCCL's errors; 0: nothing
@@ -52,6 +54,9 @@ class TorchBackend(Backend):
     leaves all to NCCL. One that waits for a peer beyond the time limit ends by itself: what it brings then is NaN to
     every codec, so that no step is made of it, and the next use of the backend raises TransportError.
 
+    Where NCCL goes over TCP sockets, large ones that are made often travel in `stripes`, over communicators of their
+    own. ``ONEBIT_NCCL_STRIPES`` in the environment of all ranks says how many, 1 for none.
+
     Args:
         group: the process group; None: the default group.
         device_type: ``"cpu"`` for its Gloo half, ``"cuda"`` for its NCCL half.
@@ -60,9 +65,11 @@ class TorchBackend(Backend):
 
     Attributes:
         peers: over NCCL whether peers' memory is used, and why not; else None.
+        stripes: over NCCL how many of them large collectives travel in; else None.
 
     Raises:
-        BackendError: torch.distributed is not initialised, or this rank is no member of the group.
+        BackendError: torch.distributed is not initialised, or this rank is no member of the group; or
+            ``ONEBIT_NCCL_STRIPES`` is no number of stripes.
     """
 
     in_processes = True
@@ -79,10 +86,11 @@ class TorchBackend(Backend):
         self._watch: Watch | None = None
         self._parts: weakref.WeakSet[TorchBackend] = weakref.WeakSet()
         self.peers: PeerMemory | None = None
+        self.stripes: Stripes | None = None
         if device_type == "cpu":
             _over_gloo.add(self)
         if device_type == "cuda":
-            self.peers = PeerMemory(self)
+            self.peers, self.stripes = PeerMemory(self), Stripes(self)
             if timeout is None:
                 self.timeout = self._group_limit()
             else:
@@ -119,20 +127,30 @@ class TorchBackend(Backend):
             self._order.broken_by = self._order.given_up[0]
 
     def _abort(self) -> None:
-        if self.peers is not None:
-            self.peers.give_up()
-        self._transport.abort()
-        for part in self._parts:
-            part._abort()
+        """Have the device go on, at once in all groups: to be rid of one NCCL waits for the kernels of all."""
+        backends = list(self._family())
+        for backend in backends:
+            if backend.peers is not None:
+                backend.peers.give_up()
+        aborts = [threading.Thread(target=backend._transport.abort, daemon=True) for backend in backends]
+        for abort in aborts:
+            abort.start()
+        for abort in aborts:
+            abort.join()
+
+    def _family(self) -> Iterator[TorchBackend]:
+        """This one, and those made of its ranks."""
+        yield self
+        for part in list(self._parts):
+            yield from part._family()
 
     def _part(self, members: Sequence[int]) -> TorchBackend:
         """A process group of its own, which torch.distributed forgets with the default group."""
-        world = dist.group.WORLD
-        if self.name == "nccl" and world is not None and world.bound_device_id and world.size() != self.size:
+        if not self.divisible:
             raise BackendError(
-                f"rank {self.rank}: this group has {self.size} of {world.size()} ranks, and as init_process_group was "
-                "given a device_id, NCCL makes smaller groups with all ranks alone: split the default group, or leave "
-                "device_id out"
+                f"rank {self.rank}: this group has {self.size} of {dist.get_world_size()} ranks, and as "
+                "init_process_group was given a device_id, NCCL makes smaller groups with all ranks alone: split the "
+                "default group, or leave device_id out"
             )
         ranks = dist.get_process_group_ranks(self.group)
         group = dist.new_group(
@@ -145,14 +163,21 @@ class TorchBackend(Backend):
         self._parts.add(part)
         return part
 
+    @property
+    def divisible(self) -> bool:
+        """Whether groups can be made of its ranks by them alone."""
+        world = dist.group.WORLD
+        alone = self.name == "nccl" and world is not None and world.bound_device_id and world.size() != self.size
+        return not alone
+
     def _buffer(self, bytes: int, device: torch.device) -> Tensor:
         made = None if self.peers is None else self.peers.buffer(bytes)
         return super()._buffer(bytes, device) if made is None else made
 
     def _collective(self, operation: str, output: Tensor, input: Tensor, wire_bytes: int) -> Collective:
-        if self.peers is None:
+        if self.peers is None or self.stripes is None:
             return super()._collective(operation, output, input, wire_bytes)
-        return PeerCollective(self, self.peers, operation, output, input, wire_bytes)
+        return PeerCollective(self, self.peers, self.stripes, operation, output, input, wire_bytes)
 
     def _all_to_all(self, output: Tensor, input: Tensor) -> Handle | None:
         return self._exchange(_as_bytes(output), _as_bytes(input))
@@ -176,6 +201,10 @@ class TorchBackend(Backend):
         handle = self._handle(self._transport.barrier(options))
         if handle is not None:
             handle.wait(self.timeout)
+
+    def send(self, outputs: list[Tensor], inputs: list[Tensor]) -> Handle | None:
+        """Tensor i of `inputs` to rank i, and one from it; over NCCL, beside the current stream."""
+        return self._handle(self._transport.alltoall(outputs, inputs, self._options(AllToAllOptions)))
 
     def _exchange(self, output: Tensor, input: Tensor, in_line: bool = False) -> Handle | None:
         options = self._options(AllToAllOptions, in_line)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,13 +15,13 @@ from torch import Tensor
 from onebit.comm.allreduce import CompressedAllreduce
 from onebit.comm.auto import BucketMode
 from onebit.comm.backend import Backend
+from onebit.comm.clock import medians
 from onebit.comm.numbers import gather_numbers
 from onebit.comm.registry import make_backend
 from onebit.compress.codec import Codec, as_codec
 
 SIZES = tuple(1 << shift for shift in (10, 13, 16, 19, 22, 25))  # elements of float32, up to 128 MiB
 LONG = 0.02  # seconds; a size that takes longer is the last one, beyond it lines are straight
-ROUNDS = 5  # timed ones of each size; the median counts
 KERNEL_NUMEL = 1 << 20  # elements on which kernels are timed alone
 # A compressed average is not the exact mean, and times scatter; so compression must win by this factor.
 MARGIN = 1.1
@@ -127,11 +126,10 @@ _known: WeakKeyDictionary[Any, dict[tuple[str, Codec], Tuning]] = WeakKeyDiction
 
 
 def _measure(backend: Backend, device: torch.device, codec: Codec) -> Tuning:
-    clock = _Clock(backend, device)
     numels: list[int] = []
     seconds: dict[BucketMode, list[float]] = {"plain": [], "compressed": []}
     for numel in SIZES if backend.size > 1 else ():
-        plain, compressed = _averages(clock, numel, codec)
+        plain, compressed = _averages(backend, device, numel, codec)
         numels.append(numel)
         seconds["plain"].append(plain)
         seconds["compressed"].append(compressed)
@@ -141,65 +139,39 @@ def _measure(backend: Backend, device: torch.device, codec: Codec) -> Tuning:
         backend=backend.name,
         ranks=backend.size,
         device=str(device),
-        latency=_latency(clock),
+        latency=_latency(backend, device),
         bandwidth=8 * (backend.size - 1) / backend.size * numels[-1] / seconds["plain"][-1] if numels else 0.0,
-        kernel_rates=_kernel_rates(clock, codec),
+        kernel_rates=_kernel_rates(backend, device, codec),
         numels=tuple(numels),
         seconds={mode: tuple(times) for mode, times in seconds.items()},
     )
 
 
-class _Clock:
-    """Times calls that all ranks make together."""
-
-    def __init__(self, backend: Backend, device: torch.device) -> None:
-        self.backend = backend
-        self.device = device
-
-    def medians(self, calls: Sequence[Callable[[], object]]) -> list[float]:
-        """Seconds of each call on its slowest rank, the median over rounds in which calls take turns."""
-        times: list[float] = []
-        for _ in range(1 + ROUNDS):
-            for call in calls:
-                self._settle()
-                start = time.perf_counter()
-                call()
-                self._settle(barrier=False)
-                times.append(time.perf_counter() - start)
-        slowest = [max(ranks) for ranks in zip(*gather_numbers(self.backend, times[len(calls) :]), strict=True)]
-        return [statistics.median(slowest[i :: len(calls)]) for i in range(len(calls))]
-
-    def _settle(self, barrier: bool = True) -> None:
-        if barrier:
-            self.backend.barrier()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def _averages(clock: _Clock, numel: int, codec: Codec) -> list[float]:
+def _averages(backend: Backend, device: torch.device, numel: int, codec: Codec) -> list[float]:
     """Seconds of a plain and of a compressed average of one tensor."""
-    tensor = _normal(numel, clock.device)
-    averages = [CompressedAllreduce(tensor, clock.backend, codec, mode=mode) for mode in ("plain", "compressed")]
-    return clock.medians([lambda average=average: average(tensor) for average in averages])  # type: ignore[misc]
+    tensor = _normal(numel, device)
+    averages = [CompressedAllreduce(tensor, backend, codec, mode=mode) for mode in ("plain", "compressed")]
+    return medians(backend, device, [partial(average, tensor) for average in averages])
 
 
-def _latency(clock: _Clock) -> float:
-    [seconds] = clock.medians([lambda: gather_numbers(clock.backend, [0.0])])
+def _latency(backend: Backend, device: torch.device) -> float:
+    [seconds] = medians(backend, device, [lambda: gather_numbers(backend, [0.0])])
     return seconds
 
 
-def _kernel_rates(clock: _Clock, codec: Codec) -> dict[str, float]:
+def _kernel_rates(backend: Backend, device: torch.device, codec: Codec) -> dict[str, float]:
     """Elements per second of each of the codec's operators."""
-    x = _normal(KERNEL_NUMEL, clock.device)
-    residual = torch.zeros(KERNEL_NUMEL, device=clock.device) if codec.error_feedback else None
+    x = _normal(KERNEL_NUMEL, device)
+    residual = torch.zeros(KERNEL_NUMEL, device=device) if codec.error_feedback else None
     payload = codec.encode(x, residual)
-    payloads = payload.expand(clock.backend.size, -1).contiguous()
+    payloads = payload.expand(backend.size, -1).contiguous()
     calls: dict[str, Callable[[], object]] = {
         "encode": lambda: codec.encode(x, residual, out=payload),
         "reduce_encode": lambda: codec.reduce_encode(payloads, residual, numel=KERNEL_NUMEL, out=payload),
         "decode": lambda: codec.decode(payload, x),
     }
-    return {name: KERNEL_NUMEL / seconds for name, seconds in zip(calls, clock.medians([*calls.values()]), strict=True)}
+    seconds = medians(backend, device, [*calls.values()])
+    return {name: KERNEL_NUMEL / each for name, each in zip(calls, seconds, strict=True)}
 
 
 def _normal(numel: int, device: torch.device) -> Tensor:

@@ -33,7 +33,7 @@ def num_threads() -> int:
     if wanted is not None:
         return _positive(wanted, "ONEBIT_NUM_THREADS")
     ranks = local_world_size()
-    return _cores() if ranks == 1 else max(1, _cores() // (2 * ranks))
+    return cores() if ranks == 1 else max(1, cores() // (2 * ranks))
 
 
 def set_num_threads(count: int | None) -> None:
@@ -73,7 +73,7 @@ def _executor() -> ThreadPoolExecutor:
     global _pool
     with _lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(max_workers=max(_cores(), num_threads()), thread_name_prefix="onebit")
+            _pool = ThreadPoolExecutor(max_workers=max(cores(), num_threads()), thread_name_prefix="onebit")
         return _pool
 
 
@@ -86,7 +86,8 @@ def _forget_pool() -> None:
 os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from onebit.comm import Backend, peer_memory, run_threads
+from onebit.comm.machine import machine
 from onebit.comm.peer_memory import LARGEST, PeerCollective, PeerMemory
+from onebit.comm.striping import Stripes
 from onebit.comm.threads_backend import ThreadsBackend
 from onebit.comm.torch_backend import TorchBackend
 
@@ -54,7 +56,7 @@ def capable(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(peer_memory, "_allocate", allocate)
         monkeypatch.setattr(peer_memory, "_rendezvous", rendezvous)
         monkeypatch.setattr(peer_memory, "_make_exchange", make)
-        monkeypatch.setattr(peer_memory, "_machine", lambda: machines[rank_here()])
+        monkeypatch.setattr(peer_memory, "machine", lambda: machines[rank_here()])
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
@@ -175,9 +177,10 @@ def test_a_buffer_that_gains_nothing_asks_nobody(capable: Callable[..., None], b
 
 def gathered(backend: Backend, in_line: bool) -> list[list[int]]:
     """What an all_gather brings that may take the other way, three times."""
-    peers = PeerMemory(cast(TorchBackend, backend))
+    peers, stripes = PeerMemory(cast(TorchBackend, backend)), cast(Stripes, None)  # for none is large
     mine, everyone = torch.zeros(4, dtype=torch.uint8), torch.zeros(4 * RANKS, dtype=torch.uint8)
-    collective = PeerCollective(cast(TorchBackend, backend), peers, "all_gather", everyone, mine, 4 * (RANKS - 1))
+    over = cast(TorchBackend, backend)
+    collective = PeerCollective(over, peers, stripes, "all_gather", everyone, mine, 4 * (RANKS - 1))
     seen = []
     for call in range(3):
         mine.fill_(10 * call + backend.rank)
@@ -193,9 +196,12 @@ def test_without_it_the_transport_is_used(capable: Callable[..., None], in_line:
         assert seen == [[10 * call + rank for rank in range(RANKS)] for call in range(3)]
 
 
-def test_a_machine_is_told_by_its_number() -> None:
-    assert peer_memory._machine() == peer_memory._machine()
-    assert 0 <= peer_memory._machine() < 2**48
+def test_a_machine_is_told_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machine()
+    assert here == machine()
+    assert 0 <= here < 2**48
+    monkeypatch.setenv("NCCL_HOSTID", "another")  # which is what NCCL is told then
+    assert machine() != here
 
 
 def test_who_gave_up_is_seen_by_the_host() -> None:

@@ -13,7 +13,17 @@ import torch
 from onebit.benchmarks.launch import Host, launch, loopback
 from onebit.benchmarks.namespaces import NetworkError, shaped_hosts
 from onebit.benchmarks.net import rank_on
-from onebit.comm import Backend, CompressedAllreduce, MismatchError, Tuning, make_backend, run_threads, tune, tuning
+from onebit.comm import (
+    Backend,
+    CompressedAllreduce,
+    MismatchError,
+    Tuning,
+    clock,
+    make_backend,
+    run_threads,
+    tune,
+    tuning,
+)
 from onebit.comm.auto import BucketMode
 from onebit.compress import InputError, SignCodec
 from tests.comm.launcher import needs_mpi, run_ranks
@@ -25,7 +35,7 @@ NUMEL = 1 << 19
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small sizes, one round."""
     monkeypatch.setattr(tuning, "SIZES", (64, 256))
-    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(clock, "ROUNDS", 1)
     monkeypatch.setattr(tuning, "KERNEL_NUMEL", 1024)
 
 
@@ -75,7 +85,7 @@ def measured_twice(backend: Backend) -> tuple[str, int, int]:
 
 
 def measured_in_a_process(backend: Backend) -> tuple[str, int, int]:
-    tuning.SIZES, tuning.ROUNDS, tuning.KERNEL_NUMEL = (64, 256), 1, 1024  # the process ends with this
+    tuning.SIZES, clock.ROUNDS, tuning.KERNEL_NUMEL = (64, 256), 1, 1024  # the process ends with this
     return measured_twice(backend)
 
 

@@ -23,6 +23,7 @@ from onebit.optim import CompressedOptimizer, checkpoint
 from tests.comm.launcher import run_ranks
 from tests.comm.samples import state_bits
 from tests.faults.training import MAKERS
+from tests.gpu.stripes import all_striped
 from tests.optim.samples import all_params, bits, values
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -46,12 +47,16 @@ def everything(optimizer: CompressedOptimizer) -> Any:
     return [bits(p.cpu()) for p in all_params(optimizer)], state_bits(saved), feedback
 
 
-def endure(_: Backend, name: str, made: int, fault: str, wait: bool, folder: str) -> dict[str, Any]:
+def endure(
+    _: Backend, name: str, made: int, fault: str, wait: bool, folder: str, striped: bool = False
+) -> dict[str, Any]:
     """The last rank is struck before step `made`; the others go on and tell what they see.
 
     wait: the host waits for the device after every step, as who prints the loss does.
     """
     os.environ[HANDLING] = "0"
+    if striped:
+        all_striped(2)
     group = dist.new_group(backend="nccl", timeout=timedelta(seconds=60))
     backend = make_backend(group, timeout=LIMIT)
     optimizer = make(name, backend)
@@ -115,7 +120,17 @@ def make(name: str, backend: Backend) -> CompressedOptimizer:
 def test_the_others_get_a_transport_error_and_are_as_before_the_step(
     name: str, made: int, fault: str, wait: bool, tmp_path: Path
 ) -> None:
-    told = run_ranks("nccl", 2, endure, name, made, fault, wait, str(tmp_path), timeout=120.0, without=[1])[0]
+    check_endured(name, made, fault, wait, str(tmp_path))
+
+
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+def test_in_stripes_they_do_too(fault: str, tmp_path: Path) -> None:
+    check_endured("OnebitAdam", 6, fault, True, str(tmp_path), True)
+
+
+def check_endured(*how: object) -> None:
+    """What `endure` should see on rank 0, told how."""
+    told = run_ranks("nccl", 2, endure, *how, timeout=120.0, without=[1])[0]
     assert told["wrong"] == [], told
     assert told["rank"] == 0, told
     assert told["operation"], told
