@@ -48,6 +48,9 @@ def measure(backend: Backend, options: Options) -> record.Document:
         "local": options.local,
         "seed": options.seed,
     }
+    stripes = getattr(backend, "stripes", None)
+    if stripes is not None and stripes.count is not None:
+        run["stripes"] = stripes.count
     name = options.name or f"{backend.name}-{backend.size}"
     return record.make(name, run, [*map(record.row_fields, rows)], device.type)
 

@@ -67,7 +67,7 @@ def _all_reduce_run(state: Exchange) -> None:
         state.setting.backend.all_reduce(state.tensor).wait()
 
 
-def summed_check(state: Exchange) -> Callable[[], int]:
+def _all_reduce_check(state: Exchange) -> Callable[[], int]:
     """Sums, to within one rounding of the dtype for each rank."""
 
     def wrong() -> int:
@@ -148,8 +148,7 @@ def _differing(state: Exchange) -> int:
     return 0 if digests[0] == digests[state.setting.backend.rank] else state.setting.numel
 
 
-def tensor_bytes(setting: Setting) -> float:
-    """Of what is averaged."""
+def _tensor_bytes(setting: Setting) -> float:
     return float(setting.numel * setting.dtype.itemsize)
 
 
@@ -175,12 +174,12 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         family="collectives",
         role="plain",
         capturable=True,
-        moved=tensor_bytes,
-        wire=lambda setting: _share(setting) * tensor_bytes(setting),
+        moved=_tensor_bytes,
+        wire=lambda setting: _share(setting) * _tensor_bytes(setting),
         inputs=_exchange_inputs,
         refresh=_put_back,
         run=_all_reduce_run,
-        check=summed_check,
+        check=_all_reduce_check,
     ),
     Case(
         name="all_reduce-bf16",
@@ -188,12 +187,12 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         family="collectives",
         role="bf16",
         capturable=True,
-        moved=tensor_bytes,
+        moved=_tensor_bytes,
         wire=lambda setting: _share(setting) * 2 * setting.numel,
         inputs=_half_inputs,
         refresh=_put_back,
         run=_all_reduce_run,
-        check=summed_check,
+        check=_all_reduce_check,
     ),
     Case(
         name="compressed",
@@ -202,7 +201,7 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         role="one level",
         against=("plain", "bf16"),
         capturable=True,
-        moved=tensor_bytes,
+        moved=_tensor_bytes,
         wire=_compressed_wire,
         inputs=_inputs_of("compressed"),
         refresh=_put_back,
@@ -217,7 +216,7 @@ COLLECTIVES: tuple[Case[Exchange], ...] = (
         against=("one level", "plain"),
         nodes=True,
         capturable=True,
-        moved=tensor_bytes,
+        moved=_tensor_bytes,
         wire=two_level_wire,
         inputs=_inputs_of("compressed", two_levels=True),
         refresh=_put_back,
@@ -248,7 +247,7 @@ def _mode(mode: Mode, check: Callable[[Exchange], Callable[[], int]], **options:
         summary=f'CompressedAllreduce(mode="{mode}") of the same tensor',
         family="modes",
         capturable=True,
-        moved=tensor_bytes,
+        moved=_tensor_bytes,
         inputs=_inputs_of(mode),
         refresh=_put_back,
         run=_run,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from onebit.benchmarks.case import Case, Setting
-from onebit.benchmarks.collectives import Exchange, beside, summed_check, tensor_bytes
+from onebit.benchmarks.collectives import Exchange, beside
 from onebit.comm.striping import MOST
 
 
@@ -26,10 +26,6 @@ def _inputs(setting: Setting) -> Parts:
     return Parts(setting, given, tensor, parts=tuple((part, dist.new_group()) for part in tensor.tensor_split(MOST)))
 
 
-def _put_back(state: Parts) -> None:
-    state.tensor.copy_(state.given)
-
-
 def _run(state: Parts) -> None:
     works = [dist.all_reduce(part, group=group, async_op=True) for part, group in state.parts]
     for work in works:
@@ -40,18 +36,13 @@ def _run(state: Parts) -> None:
 GROUPS: tuple[Case[Any], ...] = (
     beside("group", "all_reduce"),
     beside("group", "all_reduce-bf16"),
-    Case(
+    replace(
+        beside("group", "all_reduce"),
         name="group-all_reduce-split",
         summary=f"all_reduce of a part of the tensor in each of {MOST} process groups at once",
-        family="groups",
         role="several groups",
-        devices=("cuda",),
-        capturable=True,
-        moved=tensor_bytes,
         inputs=_inputs,
-        refresh=_put_back,
         run=_run,
-        check=summed_check,
     ),
     beside("group", "compressed", "several groups"),
 )

@@ -35,6 +35,7 @@ HEADLINES = (
         Headline(result=f"net-{link}", what=AVERAGE, beside=NCCL, pick=ratio("compressed", "plain"), over="nccl")
         for link in ("1gbit", "10gbit", "10gbit-4-hosts")
     ),
+    Headline(result="nccl-2-124Mi-sockets", what=AVERAGE, beside=NCCL, pick=ratio("group-compressed", "plain")),
     Headline(result="nccl-4-124Mi-sockets", what=AVERAGE, beside=NCCL, pick=ratio("compressed", "plain"), goal=25),
     Headline(result="nccl-2", what=AVERAGE, beside=NCCL, pick=ratio("compressed", "NCCL float32"), goal=1 / 0.48),
     Headline(result="nccl-4", what=AVERAGE, beside=NCCL, pick=ratio("compressed", "NCCL float32"), goal=1 / 0.32),

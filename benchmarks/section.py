@@ -60,6 +60,8 @@ def _caption(result: Document) -> str:
     run, box, versions = result["run"], result["machine"], result["versions"]
     ranks = f"{run['ranks']} ranks, {run['backend']}, {run['link']}" if run["ranks"] > 1 else "one process"
     threads = run.get("threads", 1) if box["device"] == "cpu" else 1  # a result without it had one
+    stripes = run.get("stripes", 1)
+    ranks += f", {stripes} stripes" * (stripes > 1)
     ranks += f", {threads} threads{' each' * (run['ranks'] > 1)}" * (threads > 1)
     times = f"{run['iterations']} rounds" if "iterations" in run else f"median of {run['repeats']} processes"
     together = run.get("together", 1)
