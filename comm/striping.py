@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from onebit.comm.backend import Collective, Handle
@@ -42,7 +41,7 @@ class Stripes:
     """The communicators that carry an NCCL backend's large collectives together, all with the same ranks.
 
     Unless somebody has said how many there are to be, the first collective that could use them tries whether it is
-    faster with them.
+    faster with them. If it is not, they stay open without use, as any process group until torch.distributed is closed.
 
     Attributes:
         count: how many; 1: its own alone; None: none could use them so far.
@@ -81,8 +80,7 @@ class Stripes:
             one, several = medians(backend, output.device, [whole, lambda: start(stripes).wait(backend.timeout)])
             _log.debug("rank %d: %.3g s in one piece, %.3g s in %d", backend.rank, one, several, len(stripes))
             if one < MARGIN * several:
-                stripes = []
-                self._close()
+                stripes, self._parts = [], ()
         self.count = max(1, len(stripes))
         return stripes
 
@@ -96,11 +94,6 @@ class Stripes:
         for part in parts:  # connect now, while the timeout limits it
             gather_numbers(part, [0.0])
         return parts, all(one.told for one in wanted)
-
-    def _close(self) -> None:
-        for part in self._parts:
-            dist.destroy_process_group(part.group)
-        self._parts = ()
 
 
 class Wanted(NamedTuple):

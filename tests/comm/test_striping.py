@@ -47,8 +47,6 @@ def wishing(monkeypatch: pytest.MonkeyPatch) -> Wishes:
         monkeypatch.setattr(striping, "LEAST", 1)
         monkeypatch.setattr(striping, "medians", lambda backend, device, calls: [faster, 1.0])
         monkeypatch.setattr(ThreadsBackend, "send", send, raising=False)
-        monkeypatch.setattr(ThreadsBackend, "group", None, raising=False)
-        monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     return set_up
@@ -152,14 +150,6 @@ def test_stripes_that_nobody_asked_for_must_pay(wishing: Wishes, faster: float, 
 def test_one_rank_that_was_not_told_has_all_of_them_try(wishing: Wishes) -> None:
     wishing([Wanted(4, 4, True), Wanted(4, 4, False), Wanted(4, 4, True)], faster=0.5)
     assert [count for count, *_ in run_threads(RANKS, started, "all_to_all", 4096)] == [1] * RANKS
-
-
-def test_stripes_that_do_not_pay_are_closed(wishing: Wishes, monkeypatch: pytest.MonkeyPatch) -> None:
-    wishing([Wanted(3, 3, False)] * RANKS, faster=0.5)
-    closed: list[object] = []
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", closed.append)
-    run_threads(RANKS, started, "all_to_all", 4096)
-    assert len(closed) == 3 * RANKS
 
 
 class Asked:
