@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from onebit.optim.exchange import DeviceExchange, DraftedExchange, Exchange, StagedExchange
+from onebit.optim.interrupts import Postponed
 from onebit.optim.pending import PendingSteps
 from onebit.optim.replicas import check_replicas
 
@@ -42,9 +43,7 @@ class Steps:
         self.skipped = 0
 
     def make(self, exchange_all: Callable[[list[Exchange]], None], *, on_device: bool = True) -> None:
-        """Make a step, or skip it; nothing is changed if it raises before the first group's is made.
-
-        What raises between two groups', which only an interrupt does, leaves some with the step and others without.
+        """Make a step, or skip it; nothing is changed if it raises, but by an interrupt that comes as it ends.
 
         Args:
             exchange_all: fills a list with the exchanges of all groups, in order; they are undone if it raises.
@@ -52,24 +51,29 @@ class Steps:
         """
         optimizer = self._owner()
         exchanges: list[Exchange] = []
-        try:
-            with optimizer.backend.limited("step"):
-                exchange_all(exchanges)
-                flags = [exchange.all_finite() for exchange in exchanges]
-                settling = _settling(exchanges, flags) if on_device else []
-                made = not settling and all(bool(flag) for flag in flags)
-                for exchange in exchanges if made else ():
-                    if isinstance(exchange, DraftedExchange):
-                        exchange.draft()
-            optimizer.backend.check()
-        except BaseException:  # an interrupt too, so that whoever handles it can save a whole state
-            for exchange in exchanges:
-                exchange.undo()
-            raise
-        if settling:
-            self._settle(settling, flags[0] if len(flags) == 1 else torch.stack(flags).all())
-        else:
-            self._decide(exchanges, made)
+        with Postponed() as interrupts:  # whoever handles one can save a whole state
+            try:
+                with optimizer.backend.limited("step"):
+                    exchange_all(exchanges)
+                    flags = [exchange.all_finite() for exchange in exchanges]
+                    settling = _settling(exchanges, flags) if on_device else []
+                    made = not settling and all(bool(flag) for flag in flags)
+                    for exchange in exchanges if made else ():
+                        if isinstance(exchange, DraftedExchange):
+                            exchange.draft()
+                if not settling:
+                    self.pending.wait()
+                optimizer.backend.check()
+                interrupts.begin()
+            except BaseException:
+                interrupts.begin()
+                for exchange in exchanges:
+                    exchange.undo()
+                raise
+            if settling:
+                self._settle(settling, flags[0] if len(flags) == 1 else torch.stack(flags).all())
+            else:
+                self._decide(exchanges, made)
         optimizer.gradients_averaged = False
         self._calls += 1
         if optimizer._check_every and self._calls % optimizer._check_every == 0:
@@ -120,7 +124,6 @@ class Steps:
     def _decide(self, exchanges: list[Exchange], made: bool) -> None:
         """Make the step in all groups, or in none."""
         optimizer = self._owner()
-        self.pending.wait()
         if made:
             for group, exchange in zip(optimizer.param_groups, exchanges, strict=True):
                 group["step"] += 1
