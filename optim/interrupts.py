@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from onebit.optim.exchange import Exchange
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -44,3 +47,31 @@ class Postponed:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came.append((number, frame))
+
+
+@contextmanager
+def whole(exchanges: Sequence[Exchange]) -> Iterator[Callable[[], None]]:
+    """A `with` block that makes a step in all of its exchanges or in none, whatever interrupts it.
+
+    Args:
+        exchanges: those that there are so far; undone if it raises before the call.
+
+    Yields:
+        What it calls when all exchanges can be made or undone: from then on Ctrl-C waits until the block ends.
+    """
+    begun = False
+
+    def begin() -> None:
+        nonlocal begun
+        interrupts.begin()
+        begun = True
+
+    with Postponed() as interrupts:
+        try:
+            yield begin
+        except BaseException:
+            if not begun:
+                interrupts.begin()
+                for exchange in exchanges:
+                    exchange.undo()
+            raise

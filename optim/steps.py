@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onebit.optim.exchange import DeviceExchange, DraftedExchange, Exchange, StagedExchange
-from onebit.optim.interrupts import Postponed
+from onebit.optim.interrupts import whole
 from onebit.optim.pending import PendingSteps
 from onebit.optim.replicas import check_replicas
 
@@ -51,25 +51,19 @@ class Steps:
         """
         optimizer = self._owner()
         exchanges: list[Exchange] = []
-        with Postponed() as interrupts:  # whoever handles one can save a whole state
-            try:
-                with optimizer.backend.limited("step"):
-                    exchange_all(exchanges)
-                    flags = [exchange.all_finite() for exchange in exchanges]
-                    settling = _settling(exchanges, flags) if on_device else []
-                    made = not settling and all(bool(flag) for flag in flags)
-                    for exchange in exchanges if made else ():
-                        if isinstance(exchange, DraftedExchange):
-                            exchange.draft()
-                if not settling:
-                    self.pending.wait()
-                optimizer.backend.check()
-                interrupts.begin()
-            except BaseException:
-                interrupts.begin()
-                for exchange in exchanges:
-                    exchange.undo()
-                raise
+        with whole(exchanges) as begin_to_end:
+            with optimizer.backend.limited("step"):
+                exchange_all(exchanges)
+                flags = [exchange.all_finite() for exchange in exchanges]
+                settling = _settling(exchanges, flags) if on_device else []
+                made = not settling and all(bool(flag) for flag in flags)
+                for exchange in exchanges if made else ():
+                    if isinstance(exchange, DraftedExchange):
+                        exchange.draft()
+            if not settling:
+                self.pending.wait()
+            optimizer.backend.check()
+            begin_to_end()
             if settling:
                 self._settle(settling, flags[0] if len(flags) == 1 else torch.stack(flags).all())
             else:

@@ -16,7 +16,7 @@ from onebit.optim.exchange import Exchange, GroupReducers
 from onebit.optim.fused_groups import FusedGroups
 from onebit.optim.fused_interval import FusedInterval
 from onebit.optim.fused_local import FusedLocal
-from onebit.optim.interrupts import Postponed
+from onebit.optim.interrupts import whole
 from onebit.optim.known import Known
 from onebit.optim.left_out import LeftOut
 from onebit.optim.local_kernels import LocalStep, local_kernel
@@ -165,19 +165,13 @@ class ZeroOneAdam(FusedGroups):
         """
         self._refuse_under_way("synchronize()")
         exchanges: list[SyncExchange] = []
-        with Postponed() as interrupts:
-            try:
-                for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
-                    known = self._known(group)
-                    if is_open(known.states):
-                        exchanges.append(SyncExchange(self, group, reducers, known, steps=0))
-                        exchanges[-1].sending.finish()
-                interrupts.begin()
-            except BaseException:
-                interrupts.begin()
-                for exchange in exchanges:
-                    exchange.undo()
-                raise
+        with whole(exchanges) as begin_to_end:
+            for group, reducers in zip(self.param_groups, self._of_groups(), strict=True):
+                known = self._known(group)
+                if is_open(known.states):
+                    exchanges.append(SyncExchange(self, group, reducers, known, steps=0))
+                    exchanges[-1].sending.finish()
+            begin_to_end()
             for exchange in exchanges:
                 exchange.commit()
 
