@@ -264,11 +264,11 @@ class Backend(ABC):
             color: any number that fits 64 bits.
 
         Raises:
-            BackendError: a rank's color is no such number, on all ranks; or this transport cannot be split.
+            BackendError: a rank's color is no such number, or ranks of one color have made other groups, on all ranks;
+                or this transport cannot be split.
             TransportError: a rank did not take part within the timeout.
         """
-        colors = self._colors(color)
-        members = [rank for rank, other in enumerate(colors) if other == color]
+        members = self._members(color)
         with self.guard("split"), self.limited("split"):
             part = self._part(members)
         part.join_order(self)
@@ -352,23 +352,37 @@ class Backend(ABC):
     def _barrier(self) -> None:
         """Block until every rank is here, at most `self.timeout` seconds."""
 
-    def _colors(self, color: int) -> list[int]:
-        """Every rank's color."""
+    def group_count(self) -> int:
+        """In how many groups this process is, where only ranks that are in as many can make a new one; else 0."""
+        return 0
+
+    def _members(self, color: int) -> list[int]:
+        """The ranks of this color; BackendError, on all ranks, where one has none, or some cannot be a group."""
         fits = isinstance(color, int) and not isinstance(color, bool) and -(2**63) <= color < 2**63
-        mine = torch.tensor([fits, color if fits else 0], dtype=torch.int64, device=self.device_type or "cpu")
-        everyone = mine.new_empty(2 * self.size)
+        given = [fits, color if fits else 0, self.group_count()]
+        mine = torch.tensor(given, dtype=torch.int64, device=self.device_type or "cpu")
+        everyone = mine.new_empty(3 * self.size)
         with self.limited("split"):
             self.all_gather(everyone, mine).wait()
-            rows: list[list[int]] = everyone.view(self.size, 2).tolist()
+            rows: list[list[int]] = everyone.view(self.size, 3).tolist()
         self.check()
-        refused = [rank for rank, (fit, _) in enumerate(rows) if not fit]
+        refused = [rank for rank, (fit, _, _) in enumerate(rows) if not fit]
         if refused:
             own = "" if fits else f"; got {color!r}"
             raise BackendError(
                 f"rank {self.rank}: split: the color must be an int of 64 bits, and on rank{'s' * (len(refused) > 1)} "
                 f"{', '.join(map(str, refused))} it is not{own}"
             )
-        return [other for _, other in rows]
+        parts = {other: [rank for rank, row in enumerate(rows) if row[1] == other] for _, other, _ in rows}
+        for ranks in parts.values():
+            counts = [rows[rank][2] for rank in ranks]
+            if len(set(counts)) > 1:
+                raise BackendError(
+                    f"rank {self.rank}: split: ranks can make a group without the rest only where they are in equally "
+                    f"many groups, and ranks {ranks} are in {counts}; split, or make what does so, before groups that "
+                    "some of them are in, or have them all be in equally many"
+                )
+        return parts[color]
 
     def _check(self, operation: str, *tensors: Tensor) -> None:
         first = tensors[0]

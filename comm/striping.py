@@ -62,10 +62,10 @@ class Stripes:
         Args:
             whole: makes the collective in one piece, and waits.
             output: (n · bytes,) uint8: a piece from every rank.
-            input: (n · bytes,) uint8: a piece for every rank; or (bytes,), the same for all.
+            input: (n · bytes,) uint8: a piece for every rank; or (bytes,) uint8, the same for all.
 
         Returns:
-            None if it is to be made in one piece, on all ranks alike.
+            None of them, on all ranks alike, if it is to be made in one piece.
 
         Raises:
             TransportError: a rank did not take part within the timeout.
@@ -86,10 +86,12 @@ class Stripes:
 
     def _opened(self, backend: TorchBackend) -> tuple[Sequence[TorchBackend], bool]:
         """A backend for each stripe, at least two, or none; and whether all ranks were told how many."""
-        rows = gather_numbers(backend, [*map(float, self._wanted), float(machine())])
-        wanted = [Wanted(int(inside), int(between), bool(told)) for inside, between, told, _ in rows]
-        apart = len({where for *_, where in rows}) > 1
-        count = min(one.between if apart else one.inside for one in wanted)
+        rows = gather_numbers(backend, [*map(float, self._wanted), float(machine()), float(backend.group_count())])
+        wanted = [Wanted(int(inside), int(between), bool(told)) for inside, between, told, *_ in rows]
+        machines, group_counts = ({row[i] for row in rows} for i in (-2, -1))
+        count = min(one.between if len(machines) > 1 else one.inside for one in wanted)
+        if len(group_counts) > 1:  # then they cannot be split
+            count = 1
         parts = [backend.split(0) for _ in range(count if count > 1 else 0)]
         for part in parts:  # connect now, while the timeout limits it
             gather_numbers(part, [0.0])

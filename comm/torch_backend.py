@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, BarrierOptions
+from torch.distributed import distributed_c10d
 
 from onebit.comm.backend import DEFAULT_TIMEOUT, Backend, Collective, Handle
 from onebit.comm.errors import BackendError
@@ -169,6 +170,10 @@ class TorchBackend(Backend):
         world = dist.group.WORLD
         alone = self.name == "nccl" and world is not None and world.bound_device_id and world.size() != self.size
         return not alone
+
+    def group_count(self) -> int:
+        """PyTorch names a group that its ranks make alone by how many groups they are in."""
+        return len(distributed_c10d._world.pg_names)
 
     def _buffer(self, bytes: int, device: torch.device) -> Tensor:
         made = None if self.peers is None else self.peers.buffer(bytes)

@@ -32,7 +32,7 @@ def split_in_all_ways(backend: Backend) -> None:
         part = backend.split(colors[rank])
         assert (part.rank, part.size) == (members.index(rank), len(members))
         assert (part.name, part.device_type, part.timeout) == (backend.name, backend.device_type, backend.timeout)
-        assert (backend.traffic.collectives, backend.traffic.wire_bytes) == (before[0] + 1, before[1] + 16 * (size - 1))
+        assert (backend.traffic.collectives, backend.traffic.wire_bytes) == (before[0] + 1, before[1] + 24 * (size - 1))
         assert gathered(part, rank) == members
         assert part.traffic.wire_bytes == 8 * (len(members) - 1)
         pieces = torch.tensor([100 * rank + r for r in members])  # for every member what it must get from this rank
@@ -73,6 +73,26 @@ def test_a_color_that_is_no_number_of_64_bits_is_refused_on_all_ranks() -> None:
 
     for color in ("left", 2**63, True, None):
         run_threads(3, split, color)
+
+
+def split_in_other_groups(backend: Backend) -> None:
+    """Rank 0 is in a group of its own first, then all are in one more."""
+    torch.distributed.new_group([0])
+    counts = r"ranks \[0, 2\] are in \[2, 1\]"
+    since = time.monotonic()
+    with pytest.raises(
+        BackendError, match=f"rank {backend.rank}: split: .* equally many groups, and {counts}; split, or"
+    ):
+        backend.split(backend.rank % 2)
+    assert time.monotonic() - since < LATE
+    for rank in range(1, backend.size):
+        torch.distributed.new_group([rank])
+    part = backend.split(backend.rank % 2)
+    assert gathered(part, backend.rank) == list(range(backend.rank % 2, backend.size, 2))
+
+
+def test_ranks_that_are_in_other_groups_are_told_so_and_do_not_wait_for_each_other() -> None:
+    run_ranks("gloo", 3, split_in_other_groups)
 
 
 def fail_in_a_part(backend: Backend) -> float:
