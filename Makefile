@@ -64,7 +64,7 @@ test-mpi: setup ## run the tests over MPI with NP ranks
 torture: setup ## strike at ranks, spoil gradients, make wrong calls and SOAK steps; minutes on many cores
 	$(BIN)/python -m tests.faults.campaign --strikes $(STRIKES) --injections $(INJECTIONS) \
 		--wrong-calls $(WRONG_CALLS) --soak $(SOAK) --output benchmarks/results
-	$(BIN)/python -m tests.faults.report
+	$(MAKE) bench-report
 
 .PHONY: lint
 lint: setup ## check style and types
@@ -124,8 +124,9 @@ bench-scaling: setup ## fit the scale model to the JSON results; write the table
 	$(BIN)/python -m onebit.benchmarks.scaling
 
 .PHONY: bench-report
-bench-report: bench-scaling ## write the tables and plots of docs/benchmarks*, too, from the JSON results
+bench-report: bench-scaling ## write all tables and plots that the docs make from the JSON results
 	$(BIN)/python -m onebit.benchmarks.report
+	$(BIN)/python -m tests.faults.report
 
 .PHONY: bench-adam
 bench-adam: setup $(if $(PEERS),$(DEEPSPEED)) ## time CPUAdam against torch's optimizers, and with PEERS=1 against DeepSpeed's; minutes

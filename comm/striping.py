@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,8 @@ class Stripes:
         count = min(one.between if len(machines) > 1 else one.inside for one in wanted)
         if len(group_counts) > 1:  # then they cannot be split
             count = 1
-        parts = [backend.split(0) for _ in range(count if count > 1 else 0)]
+        # A part of a process group is one.
+        parts = [cast("TorchBackend", backend.split(0)) for _ in range(count if count > 1 else 0)]
         for part in parts:  # connect now, while the timeout limits it
             gather_numbers(part, [0.0])
         return parts, all(one.told for one in wanted)
