@@ -50,8 +50,10 @@ def scales_of(payloads: Tensor, layout: Layout) -> Tensor:
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round fp32 values; a NaN keeps its sign, where torch's own conversion to bf16 has one of two other patterns."""
-    if dtype != torch.bfloat16:
-        return values.to(dtype)
-    truncated = (values.view(torch.int32) >> 16).to(torch.int16).view(dtype)
-    return torch.where(values.isnan(), truncated, values.to(dtype))
+    """Round fp32 values; a NaN keeps its sign, where torch's own conversion has other patterns, by version and length."""
+    rounded = values.to(dtype)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return rounded
+    upper = values.view(torch.int32) >> 16
+    nans = upper | 0x0040 if dtype == torch.bfloat16 else upper & -0x8000 | 0x7E00
+    return torch.where(values.isnan(), nans.to(torch.int16).view(dtype), rounded)
