@@ -5,6 +5,7 @@ Codes of integers are integers, so a quantized value is never -0.0; codes of e4m
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -78,8 +79,10 @@ def encode(x: Floats, residual: Floats | None, live: Bools, real: Bools, spec: S
 def decode(codes: Bytes, scales: Floats, spec: Spec) -> Floats:
     """(k, block_size): what blocks say, padding and masked elements included."""
     with np.errstate(all="ignore"):
-        w = values(codes, spec) * scales[:, None]
-        return transformed(w) if spec.rotate else w
+        if not spec.rotate:
+            return values(codes, spec) * scales[:, None]
+        whole = values(codes, spec).astype(np.int64) @ hadamard_matrix(spec.block_size)
+        return whole.astype(F) * (scales * F(1 / np.sqrt(spec.block_size)))[:, None]
 
 
 def mean(codes: Bytes, scales: Floats, spec: Spec) -> Floats:
@@ -90,6 +93,15 @@ def mean(codes: Bytes, scales: Floats, spec: Spec) -> Floats:
         for rank in range(1, len(codes)):
             total = total + values(codes[rank], spec) * (scales[rank] / ranks)[:, None]
         return transformed(total) if spec.rotate else total
+
+
+@functools.cache
+def hadamard_matrix(size: int) -> npt.NDArray[np.int64]:
+    """(size, size): element (i, j) is -1 where i and j have an odd number of ones in common, else 1."""
+    matrix = np.ones((1, 1), np.int64)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
 
 
 def transformed(v: Floats) -> Floats:

@@ -50,7 +50,7 @@ def scales_of(payloads: Tensor, layout: Layout) -> Tensor:
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round fp32 values; a NaN keeps its sign, where torch's own conversion has other patterns, by version and length."""
+    """Round fp32 values; a NaN keeps its sign, where torch's has other bits, by its version and the length."""
     rounded = values.to(dtype)
     if dtype not in (torch.bfloat16, torch.float16):
         return rounded

@@ -41,6 +41,10 @@ class BlockFormat(ABC):
         """Turn what `decode` returned, or a sum of it over ranks, into the blocks' own numbers."""
         return decoded
 
+    def said(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Turn codes and scales into the blocks' own numbers, to within rounding what `restore` makes of `decode`."""
+        return self.restore(self.decode(codes, scales))
+
 
 @torch.no_grad()
 def encode(
@@ -96,7 +100,7 @@ def undo_reduce(
         unchanged |= unpack_bits(dead).view(unchanged.shape)
     if keep is not None:
         unchanged |= keep
-    said = _mean(out.view(1, -1), layout, how)
+    said = how.said(*_sections(out.view(1, -1), layout))
     now = residual.view(unchanged.shape)
     now.copy_(torch.where(unchanged, now, (now + said) - _mean(payloads, layout, how)))
 
@@ -105,7 +109,7 @@ def undo_reduce(
 def decode(payloads: Tensor, mask: Tensor | None, tensors: Sequence[Tensor], layout: Layout, how: BlockFormat) -> None:
     """Write the elements of all chunks of `payloads` (chunks · payload_bytes,) to `tensors`."""
     codes, scales = _sections(payloads.view(layout.chunks, -1), layout)
-    values = how.restore(how.decode(codes, scales)).view(-1)
+    values = how.said(codes, scales).view(-1)
     if mask is not None:
         values = torch.where(unpack_bits(mask), 0.0, values)
     scatter(values, tensors, layout)
@@ -134,7 +138,7 @@ def _encode(
     codes_of(out, layout).copy_(codes.view(payloads, -1))
     scales_of(out, layout).copy_(scales.view(payloads, -1))
     if residual is not None:
-        said = how.restore(how.decode(codes, scales))
+        said = how.said(codes, scales)
         kept = ~scales.isfinite()[:, None] | ~real
         new = torch.where(kept, old.view(live.shape), torch.where(live, c - said, 0.0))
         residual[:held] = new.view(-1)[:held]

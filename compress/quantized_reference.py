@@ -2,7 +2,8 @@
 
 A block of B numbers v, the elements or their transform, has the scale s = A / M, where A is the largest magnitude in
 it and M the largest of the format. Every number y = v·(M / A) is rounded to a number q of the format; the block says
-q·s. Numbers below 2⁻¹⁰⁰ alone say nothing: their block has the scale 0. All is fp32, each operation rounded once.
+q·s. Where it is transformed, it says Hq·(s / √B): the sums Hq of integers are exact, whatever their order. Numbers
+below 2⁻¹⁰⁰ alone say nothing: their block has the scale 0. All is fp32, each operation rounded once.
 """
 
 from __future__ import annotations
@@ -94,18 +95,26 @@ class QuantizedBlocks(BlockFormat):
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """As `BlockFormat.decode`."""
-        if self.how.format == "fp8":
-            q = codes.view(torch.float8_e4m3fn).float()
-        elif self.how.format == "int8":
-            q = codes.view(torch.int8).float()
-        else:
-            nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).view(codes.shape[0], -1).to(torch.int8)
-            q = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
-        return q * scales[:, None]
+        return self._numbers(codes) * scales[:, None]
 
     def restore(self, decoded: Tensor) -> Tensor:
         """As `BlockFormat.restore`: the transform is its own inverse."""
         return hadamard(decoded) if self.how.rotate else decoded
+
+    def said(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """As `BlockFormat.said`."""
+        if not self.how.rotate:
+            return self.decode(codes, scales)
+        q = self._numbers(codes)
+        return sums_and_differences(q) * (scales * root(q.shape[1]))[:, None]
+
+    def _numbers(self, codes: Tensor) -> Tensor:
+        if self.how.format == "fp8":
+            return codes.view(torch.float8_e4m3fn).float()
+        if self.how.format == "int8":
+            return codes.view(torch.int8).float()
+        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).view(codes.shape[0], -1).to(torch.int8)
+        return torch.where(nibbles > 7, nibbles - 16, nibbles).float()
 
     def _rounded(self, y: Tensor, v: Tensor, largest: Tensor) -> Tensor:
         if not self.how.stochastic:
@@ -115,10 +124,15 @@ class QuantizedBlocks(BlockFormat):
 
 
 def hadamard(v: Tensor) -> Tensor:
-    """The orthonormal Walsh-Hadamard transform of each row of (k, B), B a power of two, in one fixed order of sums.
+    """The orthonormal Walsh-Hadamard transform of each row of (k, B), B a power of two, in one fixed order of sums."""
+    return sums_and_differences(v) * root(v.shape[1])
+
+
+def sums_and_differences(v: Tensor) -> Tensor:
+    """√B times the transform of each row of (k, B).
 
     Strides h = 1, 2, ..., B/2, one after the other: of two elements that are h apart the first becomes their sum and
-    the second their difference. Then every element is multiplied by 1/√B in fp32.
+    the second their difference.
     """
     k, size = v.shape
     h = 1
@@ -126,7 +140,12 @@ def hadamard(v: Tensor) -> Tensor:
         a, b = v.view(k, -1, 2, h).unbind(2)
         v = torch.stack([a + b, a - b], dim=2).view(k, size)
         h *= 2
-    return v * (1 / math.sqrt(size))
+    return v
+
+
+def root(size: int) -> float:
+    """1/√B, which fp32 numbers are multiplied by as its nearest in fp32."""
+    return 1 / math.sqrt(size)
 
 
 def dither(v: Tensor, largest: Tensor, seed: int) -> Tensor:

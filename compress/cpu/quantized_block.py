@@ -20,9 +20,10 @@ from onebit.compress.cpu.quantized_codes import (
     quantize_nearest,
     quantize_stochastic,
 )
-from onebit.compress.cpu.rotation import rotate
+from onebit.compress.cpu.rotation import root_of, rotate
 
 _ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
 _NAN = np.float32(np.nan)
 _ABSOLUTE = np.uint32(0x7FFFFFFF)
 _LEAST = np.uint32((127 - 100) << 23)  # the bits of 2⁻¹⁰⁰; a block of smaller numbers says 0
@@ -54,11 +55,11 @@ def load_block(c: int, form: int, codes: int, scale: float, words: int, rotated:
     if np.isnan(scale):
         fill(c, words, scale)
         return
-    step = simd.splat(scale)
+    step = simd.splat(_ONE if rotated != 0 else scale)
     for word in range(words):
         simd.store_f32(c + word * WORD, simd.multiply(load_codes(form, codes, word), step))
     if rotated != 0:
-        rotate(c, c, words)
+        rotate(c, c, words, scale * root_of(words))
 
 
 @inline
@@ -71,7 +72,7 @@ def load_mean(c: int, form: int, codes: int, stride: int, shares: int, ranks: in
             total = simd.add(total, simd.multiply(load_codes(form, codes + rank * stride, word), share))
         simd.store_f32(c + word * WORD, total)
     if rotated != 0:
-        rotate(c, c, words)
+        rotate(c, c, words, root_of(words))
 
 
 @inline
@@ -93,7 +94,7 @@ def finish_block(
     """What encode and reduce_encode have in common once c is there: the scale at address `scale`, codes, residual."""
     v = c
     if rotated != 0:
-        rotate(w, c, words)
+        rotate(w, c, words, root_of(words))
         v = w
     top = largest_bits(v, words)
     broken = top >= (_BOUND_ROTATED if rotated != 0 else _BOUND)
@@ -108,15 +109,16 @@ def finish_block(
     amax, most = simd.float_of(top), largest_code(form)
     step, inverse = amax / most, most / amax
     simd.put_f32(scale, step)
+    unit = _ONE if rotated != 0 else step
     if form == FP8:
-        quantize_fp8(codes, v, w, words, step, inverse)
+        quantize_fp8(codes, v, w, words, unit, inverse)
     elif stochastic != 0:
-        quantize_stochastic(form, codes, v, w, words, step, inverse, np.uint32(top ^ np.uint32(seed)))
+        quantize_stochastic(form, codes, v, w, words, unit, inverse, np.uint32(top ^ np.uint32(seed)))
     else:
-        quantize_nearest(form, codes, v, w, words, step, inverse)
+        quantize_nearest(form, codes, v, w, words, unit, inverse)
     if r != 0:
         if rotated != 0:
-            rotate(w, w, words)
+            rotate(w, w, words, step * root_of(words))
         keep_rest(r, c, w, n, words, mask)
 
 

@@ -27,9 +27,17 @@ def transform_lanes(builder: Any, a: Any) -> Any:
 
 
 @inline
-def rotate(v: int, source: int, words: int) -> None:
-    """v <- the transform of the block at `source`, which may be v; `words`, the block size / 32, is a power of two."""
-    root = np.float32(1.0 / np.sqrt(np.float64(32 * words)))
+def root_of(words: int) -> Any:
+    """1/√B of a block of B = 32 · words elements."""
+    return np.float32(1.0 / np.sqrt(np.float64(32 * words)))
+
+
+@inline
+def rotate(v: int, source: int, words: int, root: Any) -> None:
+    """v <- the transform of the block at `source`, which may be v; `words`, the block size / 32, is a power of two.
+
+    `root` is what the sums are multiplied by last, `root_of(words)` or a multiple of it.
+    """
     for word in range(words):
         row = transform_lanes(simd.load_f32(source + word * WORD))
         simd.store_f32(v + word * WORD, simd.multiply(row, simd.splat(root)) if words == 1 else row)

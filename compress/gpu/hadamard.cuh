@@ -10,10 +10,10 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
     a = sum;
 }
 
-// Over the tiles of a block of `size` elements, a power of two up to 1024 TILES; strides grow: neighbours of a lane,
-// lanes, rows, tiles. What lies beyond the block stays 0.
+// `scale` times the transform, over the tiles of a block of `size` elements, a power of two up to 1024 TILES; strides
+// grow: neighbours of a lane, lanes, rows, tiles. What lies beyond the block stays 0, if the scale is finite.
 template <int TILES>
-__device__ __forceinline__ void hadamard(float v[TILES][ROWS][4], int size, int lane) {
+__device__ __forceinline__ void hadamard(float v[TILES][ROWS][4], int size, int lane, float scale = 1.0f) {
 #pragma unroll 1
     for (int tile = 0; tile < TILES && tile * TILE < size; tile++) {
 #pragma unroll
@@ -54,7 +54,8 @@ __device__ __forceinline__ void hadamard(float v[TILES][ROWS][4], int size, int 
                 for (int i = 0; i < 4 * ROWS; i++) butterfly(v[tile][i / 4][i % 4], v[tile + step][i / 4][i % 4]);
     }
     int doublings = __popc(size - 1);
-    float factor = __fdiv_rn(doublings & 1 ? HALF_ROOT : 1.0f, float(1 << (doublings / 2)));
+    float root = __fdiv_rn(doublings & 1 ? HALF_ROOT : 1.0f, float(1 << (doublings / 2)));
+    float factor = __fmul_rn(scale, root);
 #pragma unroll 1
     for (int tile = 0; tile < TILES && tile * TILE < size; tile++)
 #pragma unroll

@@ -52,15 +52,15 @@ __device__ __forceinline__ void load_codes(const u8* codes, typename F::row rows
     }
 }
 
-// v <- the sum over ranks of what their codes are worth, `stride` bytes from one rank's to the next.
-template <typename F, bool ROTATE, int TILES>
-__device__ __forceinline__ void mean_of(
-    const u8* codes, const float* scale, int ranks, i64 stride, const Span<TILES>& span, int block_size, int lane,
+// v <- the sum over ranks of their codes' numbers times share(rank), `stride` bytes from one rank's codes to the next.
+template <typename F, int TILES, typename Share>
+__device__ __forceinline__ void sum_of(
+    const u8* codes, Share share_of, int ranks, i64 stride, const Span<TILES>& span, int block_size, int lane,
     float v[TILES][ROWS][4]) {
 #pragma unroll 1
     for (int tile = 0; tile < TILES && tile < span.tiles; tile++)
         for (int rank = 0; rank < ranks; rank++) {
-            float share = __fdiv_rn(scale[rank * (stride / 4)], float(ranks));
+            float share = share_of(rank);
             typename F::row rows[ROWS];
             load_codes<F>(codes + rank * stride, rows, span.first + tile, block_size, lane);
 #pragma unroll
@@ -71,7 +71,24 @@ __device__ __forceinline__ void mean_of(
                     add_values_of<F>(rows[row], share, v[tile][row]);
             }
         }
+}
+
+// v <- the mean over ranks of what their payloads say.
+template <typename F, bool ROTATE, int TILES>
+__device__ __forceinline__ void mean_of(
+    const u8* codes, const float* scales, int ranks, i64 stride, const Span<TILES>& span, int block_size, int lane,
+    float v[TILES][ROWS][4]) {
+    auto share = [&](int rank) { return __fdiv_rn(scales[rank * (stride / 4)], float(ranks)); };
+    sum_of<F, TILES>(codes, share, ranks, stride, span, block_size, lane, v);
     if (ROTATE) hadamard<TILES>(v, block_size, lane);
+}
+
+// v <- what one payload says.
+template <typename F, bool ROTATE, int TILES>
+__device__ __forceinline__ void said_of(
+    const u8* codes, float scale, const Span<TILES>& span, int block_size, int lane, float v[TILES][ROWS][4]) {
+    sum_of<F, TILES>(codes, [&](int) { return ROTATE ? 1.0f : scale; }, 1, 0, span, block_size, lane, v);
+    if (ROTATE) hadamard<TILES>(v, block_size, lane, scale);
 }
 
 // Everything but where the values come from: `fill(span, v)` gives those of a span before the residual.
@@ -118,10 +135,10 @@ __device__ __forceinline__ void encode_spans(
                 if (in_block(first + tile, row, lane, block_size))
                     rows_at<F>(codes)[32 * (ROWS * (first + tile) + row) + lane] = rows[row];
 #pragma unroll
-            for (int row = 0; row < ROWS; row++) values_of<F>(rows[row], steps.scale, v[tile][row]);
+            for (int row = 0; row < ROWS; row++) values_of<F>(rows[row], ROTATE ? 1.0f : steps.scale, v[tile][row]);
         }
         if (residual == nullptr || is_broken<ROTATE>(most)) continue;
-        if (ROTATE) hadamard<TILES>(v, block_size, lane);
+        if (ROTATE) hadamard<TILES>(v, block_size, lane, steps.scale);
 #pragma unroll 1
         for (int tile = 0; tile < TILES && tile < span.tiles; tile++) {
             float* r = residual + (first + tile) * TILE + 4 * lane;
@@ -209,7 +226,7 @@ __device__ __forceinline__ void decode_any(
     for (int first = 0; first * TILE < entry.count; first += TILES) {
         Span<TILES> span = span_of<TILES>(first, entry.count, mask, block_size, lane);
         float v[TILES][ROWS][4];
-        mean_of<F, ROTATE, TILES>(codes, scales_at(payload, sizes) + place.index, 1, 0, span, block_size, lane, v);
+        said_of<F, ROTATE, TILES>(codes, scale, span, block_size, lane, v);
 #pragma unroll 1
         for (int tile = 0; tile < TILES && tile < span.tiles; tile++) {
             raw* target = x + (first + tile) * TILE + 4 * lane;
@@ -237,14 +254,15 @@ __device__ __forceinline__ void undo_reduce_any(
         int count = entries[warp].count;
         i64 block = entries[warp].block % (int)sizes.chunk_blocks;
         i64 at = block * code_bytes<F>(block_size);
-        const float *scale = scales_at(payloads, sizes) + block, *said_scale = scales_at(sent, sizes) + block;
-        if (*said_scale != *said_scale) continue;
+        const float* scales = scales_at(payloads, sizes) + block;
+        float scale = scales_at(sent, sizes)[block];
+        if (scale != scale) continue;
         const u8* masked = mask == nullptr ? nullptr : mask + block * (block_size / 8);
         for (int first = 0; first * TILE < count; first += TILES) {
             Span<TILES> span = span_of<TILES>(first, count, masked, block_size, lane);
             float mean[TILES][ROWS][4], said[TILES][ROWS][4];
-            mean_of<F, ROTATE, TILES>(payloads + at, scale, (int)ranks, sizes.payload_bytes, span, block_size, lane, mean);
-            mean_of<F, ROTATE, TILES>(sent + at, said_scale, 1, 0, span, block_size, lane, said);
+            mean_of<F, ROTATE, TILES>(payloads + at, scales, (int)ranks, sizes.payload_bytes, span, block_size, lane, mean);
+            said_of<F, ROTATE, TILES>(sent + at, scale, span, block_size, lane, said);
 #pragma unroll 1
             for (int tile = 0; tile < TILES && tile < span.tiles; tile++) {
                 float* r = residual + block * block_size + (first + tile) * TILE + 4 * lane;

@@ -52,8 +52,8 @@ __device__ __forceinline__ void finish(
     for (int row = 0; row < ROWS; row++) rows_at<F>(codes)[32 * row + lane] = rows[row];
     if (residual == nullptr || is_broken<ROTATE>(most)) return;
 #pragma unroll
-    for (int row = 0; row < ROWS; row++) values_of<F>(rows[row], steps.scale, v[0][row]);
-    if (ROTATE) hadamard<1>(v, TILE, lane);
+    for (int row = 0; row < ROWS; row++) values_of<F>(rows[row], ROTATE ? 1.0f : steps.scale, v[0][row]);
+    if (ROTATE) hadamard<1>(v, TILE, lane, steps.scale);
     store_rest(c, v[0], residual, lane);
 }
 
@@ -143,7 +143,7 @@ __device__ __forceinline__ void store_known(f16, u16* x, const float v[4], float
 }
 
 // A warp takes two blocks at a time: writing one hides the wait for the next one's codes.
-template <typename F, bool ROTATE, typename T>
+template <typename F, typename T>
 __device__ __forceinline__ void decode_full(const u8* payloads, const Entry* entries, i64 n, const Sizes& sizes) {
     int lane = threadIdx.x & 31;
     for (i64 first = 2 * warp_index(); first < n; first += 2 * all_warps()) {
@@ -162,12 +162,11 @@ __device__ __forceinline__ void decode_full(const u8* payloads, const Entry* ent
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             typename T::raw* x = reinterpret_cast<typename T::raw*>(entry[k].address);
-            float v[1][ROWS][4];
+            float v[ROWS][4];
 #pragma unroll
-            for (int row = 0; row < ROWS; row++) values_of<F>(rows[k][row], scale[k], v[0][row]);
-            if (ROTATE) hadamard<1>(v, TILE, lane);
+            for (int row = 0; row < ROWS; row++) values_of<F>(rows[k][row], scale[k], v[row]);
 #pragma unroll
-            for (int row = 0; row < ROWS; row++) store_known(T(), x + 128 * row + 4 * lane, v[0][row], scale[k]);
+            for (int row = 0; row < ROWS; row++) store_known(T(), x + 128 * row + 4 * lane, v[row], scale[k]);
         }
     }
 }

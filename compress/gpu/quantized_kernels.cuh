@@ -3,6 +3,7 @@
 #pragma once
 #include "quantized_any.cuh"
 #include "quantized_full.cuh"
+#include "quantized_rotated.cuh"
 
 template <int TILES>
 struct Held {
@@ -42,9 +43,12 @@ __device__ __forceinline__ void hold(i64 block_size, Visit visit) {
         BY_HELD(F, ROTATE, (encode_any<F, ROTATE, TILES, T>(                                                     \
             entries, n, residual, mask, out, SIZES, (int)block_size, ROUNDING)));                                \
     }                                                                                                            \
-    KERNEL_OF(ROTATE ? 3 : 4) decode_full_##T(                                                                   \
+    KERNEL_OF(4) decode_full_##T(                                                                                \
         const u8* payloads, const Entry* entries, i64 n, SIZES_ARGUMENTS) {                                      \
-        decode_full<F, ROTATE, T>(payloads, entries, n, SIZES);                                                  \
+        if constexpr (ROTATE)                                                                                    \
+            decode_rotated<F, T>(payloads, entries, n, SIZES);                                                   \
+        else                                                                                                     \
+            decode_full<F, T>(payloads, entries, n, SIZES);                                                      \
     }                                                                                                            \
     KERNEL decode_##T(                                                                                           \
         const u8* payloads, const Entry* entries, i64 n, const u8* mask, SIZES_ARGUMENTS, i64 block_size) {      \

@@ -294,6 +294,23 @@ def test_rotation_spreads_an_outlier_so_that_the_others_keep_their_digits(kind: 
     assert errors[True] < 0.5 * errors[False]
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kind", [Int8Codec, Int4Codec])
+def test_what_a_rotated_block_says_is_exact_but_for_one_rounding(
+    kind: type[Int8Codec | Int4Codec], kernels: str
+) -> None:
+    """Where 1/√B is a power of two: the sums in float64, which has room for all of their digits times the scale's."""
+    for size in (64, 256, 1024, 4096):
+        codec = kind(block_size=size, rotate=True, kernels=kernels)
+        payload = codec.encode(torch.randn(3 * size, generator=torch.Generator().manual_seed(size)))
+        codes, scales = oracle.taken_apart(payload.numpy()[None], codec.plan([3 * size])[0], spec_of(codec))
+        q = oracle.values(codes[0], spec_of(codec)).astype(np.float64)
+        exact = q @ oracle.hadamard_matrix(size) * (scales[0].astype(np.float64) / math.sqrt(size))[:, None]
+        said = codec.decode(payload, numel=3 * size)
+        assert isinstance(said, Tensor)
+        assert said.tolist() == exact.astype(np.float32).flatten().tolist()
+
+
 EVERY: list[Callable[[], QuantizedCodec]] = [
     lambda: Int8Codec(block_size=64),
     lambda: Int4Codec(block_size=64, rounding="stochastic", rotate=True),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from onebit.compress import Int4Codec, Int8Codec
 from onebit.compress.gpu import quantized
 from onebit.compress.kernels import DEVICES
 from tests.compress import test_quantized as specification
@@ -55,6 +56,12 @@ def test_blocks_of_other_sizes(block_size: int) -> None:
         size = 3 * block_size + 7 if block_size < 1024 else block_size + 1037
         on_gpu.check(codec, [size], torch.float32, masked=True)
         on_gpu.check(codec, [block_size], torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotated_blocks_of_any_codes_and_scales(dtype: torch.dtype) -> None:
+    for codec in (Int8Codec(rotate=True), Int4Codec(rotate=True)):
+        on_gpu.test_rotated_blocks_of_any_codes_and_scales_decode_as_the_reference_has_them(codec, dtype)
 
 
 def test_rounding_of_ties() -> None:

@@ -167,6 +167,28 @@ def test_the_mean_of_any_number_of_payloads_is_that_of_the_reference(ranks: int)
         check_reduce(codec, layout, 0, rows, None, f"{codec} of {ranks}: ", True, False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("codec", [Int8Codec(rotate=True), Int4Codec(rotate=True)], ids=str)
+def test_rotated_blocks_of_any_codes_and_scales_decode_as_the_reference_has_them(
+    codec: QuantizedCodec, dtype: torch.dtype
+) -> None:
+    """Largest codes that are a row of the transform have the largest sums; other bytes than are ever sent, too."""
+    torch.manual_seed(1)
+    blocks, size = 40, 1024 * codec.quantizer.bits // 8
+    (layout,) = codec.plan([1024 * blocks])
+    payload = torch.randint(0, 256, (layout.payload_bytes,), dtype=torch.uint8)
+    for block, code in enumerate((0x00, 0x7F, 0x77, 0x80, 0x88, 0x81, 0x99)):
+        payload[block * size : (block + 1) * size] = code
+    scales = torch.exp2(torch.randint(-149, 100, (blocks,)).float())
+    scales[7::8], scales[30], scales[31] = 1.0, float("nan"), 0.0
+    payload[layout.bits_bytes :].view(torch.float32)[:blocks] = scales
+    x = torch.empty(1024 * blocks, dtype=dtype)
+    there = placed(x, False)
+    quantized_reference.decode(payload, None, [x], layout, codec.quantizer)
+    quantized.decode(payload.to(DEVICE), None, [there], layout, codec.quantizer)
+    assert not differing(there, x), differing(there, x)
+
+
 def check_every_number(codec: QuantizedCodec, numbers: Tensor) -> None:
     """Blocks that hold `numbers` beside one that is the largest, so that the steps are 1 and 1."""
     most = codec.quantizer.largest

@@ -102,7 +102,7 @@ def library(file: Path, prologue: str = PROLOGUE, epilogue: str = EPILOGUE) -> c
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
         code = re.sub(r'asm volatile\("prefetch[^"]*" ::"l"\(\w+\)\);', "", with_headers(file))  # as if it had come
-        code = re.sub(r'asm\("([\w.]+) [^"]*" : "=\w"\((\w+)\) : (.*?)\);', _call, code)
+        code = re.sub(r'asm\("([\w.]+) [^"]*"\s+: ("=.*?)\s+: (.*?)\);', _call, code)
         source.write_text(prologue + code + epilogue)
         options = [
             "-std=c++17",
@@ -122,5 +122,10 @@ def library(file: Path, prologue: str = PROLOGUE, epilogue: str = EPILOGUE) -> c
 
 
 def _call(instruction: re.Match[str]) -> str:
-    arguments = ", ".join(re.findall(r'"\w"\(([^)]*)\)', instruction[3]))
-    return f"{instruction[2]} = {instruction[1].replace('.', '_')}({arguments});"
+    results, arguments = (re.findall(r'"=?\w"\(([^)]*)\)', operands) for operands in instruction.groups()[1:])
+    call = instruction[1].replace(".", "_")
+    return (
+        f"{results[0]} = {call}({', '.join(arguments)});"
+        if len(results) == 1
+        else (f"{call}({', '.join(results + arguments)});")
+    )
