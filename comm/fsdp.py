@@ -65,12 +65,12 @@ def compress_gradients(
 
     Raises:
         InputError: the model is of another kind, is compressed already or averages over replicas by itself, the group
-            is not that of the replicas, or an option is out of range; nothing was changed.
+            is not that of the replicas, an option is out of range, or PyTorch is older than 2.7; nothing was changed.
         MismatchError: replicas differ in modules, parameters, shards or options; raised on all of them.
         BackendError: the group cannot carry the model's gradients.
     """
     call = "compress_gradients"
-    root = _free(model, _averaged, call, "set_all_reduce_hook")
+    root = _free(model, _averaged, call, "set_all_reduce_hook", "2.7")
     if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
         raise InputError(f"{call}: start_step must be an int of at least 0, got {start_step!r}")
     bucket_mb = None if bucket_mb is None else bucket_mb_for([], bucket_mb)
@@ -105,12 +105,12 @@ def compress_reduce_scatter(model: nn.Module, codec: Codec | None = None) -> Uni
         The hooks, which have the error feedback to save and the counts of bytes.
 
     Raises:
-        InputError: the model is of another kind or compressed already, the codec has no blocks, or this PyTorch has no
-            such extension point; nothing was changed.
+        InputError: the model is of another kind or compressed already, the codec has no blocks, or PyTorch is
+            older than 2.9, which brought the extension point; nothing was changed.
         BackendError: FSDP's process group cannot carry the model's gradients with a transport of ours.
     """
     call = "compress_reduce_scatter"
-    root = _free(model, _scattered, call, "set_custom_reduce_scatter")
+    root = _free(model, _scattered, call, "set_custom_reduce_scatter", "2.9")
     codec = as_codec(codec)
     if codec.block_size is None:
         raise InputError(
@@ -125,11 +125,12 @@ def compress_reduce_scatter(model: nn.Module, codec: Codec | None = None) -> Uni
     return UnitHooks(root, [ScatterHook(unit, backends[unit.mesh.get_group(0)], codec) for unit in units], _scattered)
 
 
-def _free(model: nn.Module, taken: weakref.WeakSet[nn.Module], call: str, needed: str) -> nn.Module:
+def _free(model: nn.Module, taken: weakref.WeakSet[nn.Module], call: str, needed: str, since: str) -> nn.Module:
     """The root, if this way of compressing is there and not in use."""
     if not hasattr(FSDPModule, needed):
         raise InputError(
-            f"{call} needs FSDPModule.{needed}, which PyTorch {torch.__version__} does not have; install a newer one"
+            f"{call} needs FSDPModule.{needed}, which PyTorch {torch.__version__} does not have; install "
+            f"PyTorch {since} or newer"
         )
     root: nn.Module = model if isinstance(model, FSDPModule) else getattr(model, "_orig_mod", model)
     if root in taken:

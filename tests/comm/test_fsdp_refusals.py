@@ -160,7 +160,7 @@ MISTAKES: dict[Any, tuple[str, ...]] = {
     state_of_other_modules: ("1 modules, here are 3", "'blocks.0'"),
     no_state: ("was it made by state_dict()?",),
     state_of_other_buckets: ("another bucket size", "use the old options"),
-    old_torch: ("FSDPModule.set_custom_reduce_scatter", "newer"),
+    old_torch: ("FSDPModule.set_custom_reduce_scatter", "install PyTorch 2.9 or newer"),
 }
 OTHER_KINDS = {other_options: MismatchError, other_shards: MismatchError}
 
