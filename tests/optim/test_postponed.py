@@ -24,6 +24,19 @@ SHAPES = ((33, 64), (33,), (40, 20))
 STEPS = 7
 
 
+def heed_ctrl_c() -> Any:
+    """Let Ctrl-C raise, which it does not in a process that a shell started in its background; the handler before."""
+    return signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt."""
+    before = heed_ctrl_c()
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def came() -> Iterator[list[int]]:
     """Signals that a handler of Ctrl-C has seen."""
@@ -53,6 +66,7 @@ def test_a_signal_waits_from_the_beginning_to_the_end(came: list[int]) -> None:
     assert came[-1] == signal.SIGINT
 
 
+@pytest.mark.usefixtures("heeded")
 def test_what_it_raises_comes_with_what_the_block_raised() -> None:
     with pytest.raises(KeyboardInterrupt) as caught, Postponed() as interrupts:  # noqa: PT012 the block is the subject
         interrupts.begin()
@@ -94,6 +108,7 @@ def endured(backend: Backend, name: str, struck_at: int, ending: str) -> tuple[l
 
     ending: ``"commit"``, or ``"undo"`` of a step that is skipped for a NaN; ``""``: no step is struck.
     """
+    heed_ctrl_c()
     params = [Parameter(values(i, shape=shape)) for i, shape in enumerate(SHAPES)]
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 2e-2}]
     optimizer: CompressedOptimizer = MAKERS[name](groups, lr=1e-2, backend=backend)
@@ -147,6 +162,7 @@ def test_a_step_is_made_in_all_groups_or_in_none(name: str, ending: str, struck_
 
 def synchronized(backend: Backend, struck: bool) -> tuple[list[bytes], bool]:
     """Parameters after an interval that `synchronize` has ended, and whether it was interrupted."""
+    heed_ctrl_c()
     params = [Parameter(values(i, shape=shape)) for i, shape in enumerate(SHAPES)]
     groups = [{"params": params[:1]}, {"params": params[1:]}]
     optimizer: ZeroOneAdam = MAKERS["ZeroOneAdam"](groups, lr=1e-2, backend=backend)
