@@ -5,7 +5,6 @@ Codes of integers are integers, so a quantized value is never -0.0; codes of e4m
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -81,8 +80,7 @@ def decode(codes: Bytes, scales: Floats, spec: Spec) -> Floats:
     with np.errstate(all="ignore"):
         if not spec.rotate:
             return values(codes, spec) * scales[:, None]
-        whole = values(codes, spec).astype(np.int64) @ hadamard_matrix(spec.block_size)
-        return whole.astype(F) * (scales * F(1 / np.sqrt(spec.block_size)))[:, None]
+        return doubled(values(codes, spec)) * (scales * root(spec.block_size))[:, None]
 
 
 def mean(codes: Bytes, scales: Floats, spec: Spec) -> Floats:
@@ -95,17 +93,18 @@ def mean(codes: Bytes, scales: Floats, spec: Spec) -> Floats:
         return transformed(total) if spec.rotate else total
 
 
-@functools.cache
-def hadamard_matrix(size: int) -> npt.NDArray[np.int64]:
-    """(size, size): element (i, j) is -1 where i and j have an odd number of ones in common, else 1."""
-    matrix = np.ones((1, 1), np.int64)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix
-
-
 def transformed(v: Floats) -> Floats:
-    """The Walsh-Hadamard transform of each row, stride by stride, then scaled."""
+    """The Walsh-Hadamard transform of each row, orthonormal."""
+    return doubled(v) * root(v.shape[1])
+
+
+def root(size: int) -> np.float32:
+    """1/√size."""
+    return F(1 / np.sqrt(size))
+
+
+def doubled(v: Floats) -> Floats:
+    """The transform of each row, stride by stride, before it is scaled."""
     k, size = v.shape
     h = 1
     while h < size:
@@ -113,7 +112,7 @@ def transformed(v: Floats) -> Floats:
         a, b = pairs[:, :, 0], pairs[:, :, 1]
         v = np.stack([a + b, a - b], axis=2).reshape(k, size)
         h *= 2
-    return (v * F(1 / np.sqrt(size))).astype(F)
+    return v
 
 
 def quantized(y: Floats, v: Floats, largest: Floats, spec: Spec) -> Floats:

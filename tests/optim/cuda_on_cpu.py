@@ -124,8 +124,6 @@ def library(file: Path, prologue: str = PROLOGUE, epilogue: str = EPILOGUE) -> c
 def _call(instruction: re.Match[str]) -> str:
     results, arguments = (re.findall(r'"=?\w"\(([^)]*)\)', operands) for operands in instruction.groups()[1:])
     call = instruction[1].replace(".", "_")
-    return (
-        f"{results[0]} = {call}({', '.join(arguments)});"
-        if len(results) == 1
-        else (f"{call}({', '.join(results + arguments)});")
-    )
+    if len(results) == 1:
+        return f"{results[0]} = {call}({', '.join(arguments)});"
+    return f"{call}({', '.join(results + arguments)});"  # which takes its results by reference
